@@ -1,0 +1,50 @@
+# make demo      a five-hospital study on generated phantoms, or on DATA=DIR; report in demo/report.html
+# make test      everything that must hold, within minutes
+# make test-slow the full counts
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+OUT    ?= demo
+DATA   ?=
+STUDY  ?=
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help venv system demo lint types test test-slow clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "fedseg needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name one with make PYTHON=..."'
+	@echo "Installing into $(VENV) (a few minutes the first time)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+system:
+	apt-get update -qq
+	apt-get install -y -qq --no-install-recommends chromium
+
+demo: venv
+	$(BIN)/python -m fedseg.demo --out $(OUT) $(if $(DATA),--data $(DATA)) $(if $(STUDY),--study $(STUDY))
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: venv
+	$(BIN)/mypy
+
+test: lint types
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow"
+
+test-slow: venv
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
+
+clean:
+	rm -rf demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

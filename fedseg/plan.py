@@ -1,0 +1,400 @@
+"""The study plan: what a consortium proposes and every hospital approves.
+
+The plan is data. It is read once from YAML, checked field by field and across fields, and frozen.
+Its canonical bytes (UTF-8 JSON, sorted keys, no spaces) give its digest; two plans with the same
+digest ask for the same study. Nothing here needs torch: the coordinator reads plans too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from math import prod
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from fedseg.errors import PlanError
+
+MAX_PLAN_BYTES = 4 * 1024 * 1024
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Modality = Literal["MR", "CT"]
+Metric = Literal["dice", "hd95", "nsd"]
+
+
+class Frozen(BaseModel):
+    """A value that came through a door: unknown keys are refused, nothing changes afterwards."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Channel(Frozen):
+    """One input channel of a case, in order, for example T1w and FLAIR."""
+
+    name: str = Field(min_length=1, max_length=32)
+    modality: Modality
+
+
+class RobustZScore(Frozen):
+    """MR: clip each volume at two percentiles, then subtract its mean and divide by its spread."""
+
+    percentiles: tuple[Annotated[float, Field(ge=0, lt=50)], Annotated[float, Field(gt=50, le=100)]]
+
+
+class HuWindow(Frozen):
+    """CT: clip to a window in Hounsfield units and map it to [-1, 1]."""
+
+    window_hu: tuple[float, float]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.window_hu[0] >= self.window_hu[1]:
+            raise ValueError(f"the lower end must be below the upper end, not {self.window_hu}")
+        return self
+
+
+class Normalisation(Frozen):
+    """How the intensities of each modality become comparable between hospitals."""
+
+    MR: RobustZScore = RobustZScore(percentiles=(0.5, 99.5))
+    CT: HuWindow | None = None
+
+
+class Task(Frozen):
+    """What is segmented, in which images.
+
+    A 2-D task cuts volumes into slices along the third image axis; spacing and patch are in-plane.
+    """
+
+    dimensions: Literal[2, 3]
+    channels: tuple[Channel, ...] = Field(min_length=1, max_length=8)
+    labels: dict[str, int] = Field(min_length=1, max_length=255)
+    spacing_mm: tuple[Positive, ...]
+    patch_size: tuple[Count, ...]
+    normalisation: Normalisation = Normalisation()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        for field in ("spacing_mm", "patch_size"):
+            if len(getattr(self, field)) != self.dimensions:
+                raise ValueError(
+                    f"{field} needs {self.dimensions} numbers for a {self.dimensions}-D task, "
+                    f"not {len(getattr(self, field))}"
+                )
+        if sorted(self.labels.values()) != list(range(1, len(self.labels) + 1)):
+            raise ValueError(
+                "labels must be numbered 1, 2, 3, ... (0 is the background); map other values "
+                "at the site, in its manifest"
+            )
+        if any(c.modality == "CT" for c in self.channels) and self.normalisation.CT is None:
+            raise ValueError(
+                "normalisation.CT.window_hu is missing: a CT channel needs a window in HU, "
+                "for example [-160, 240] for soft tissue"
+            )
+        return self
+
+
+class UNetOptions(Frozen):
+    """The MONAI U-Net: residual units, strided convolutions, norms without running statistics."""
+
+    channels: tuple[Count, ...] = Field(default=(16, 32, 64, 128), min_length=2, max_length=8)
+    residual_units: int = Field(default=2, ge=0, le=4)
+    norm: Literal["instance", "group"] = "instance"
+    groups: Count = 8
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @field_validator("norm", mode="before")
+    @classmethod
+    def _no_batch_norm(cls, norm: object) -> object:
+        if isinstance(norm, str) and norm.lower().replace("_", "").startswith("batch"):
+            raise ValueError(
+                "batch norm mixes patients and keeps running statistics: no per-patient gradient "
+                "exists and the statistics would leave the hospital; use instance or group"
+            )
+        return norm
+
+    @model_validator(mode="after")
+    def _groups_divide(self) -> Self:
+        bad = [c for c in self.channels if self.norm == "group" and c % self.groups]
+        if bad:
+            raise ValueError(f"groups={self.groups} does not divide the channels {bad}")
+        return self
+
+
+class Model(Frozen):
+    """The network by name and version; `unet` is built in, others come by entry point."""
+
+    network: Name = "unet"
+    version: str = "1"
+    options: dict[str, JsonValue] = {}
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.network == "unet":
+            if self.version != "1":
+                raise ValueError(f"version: unet has version 1 here, not {self.version!r}")
+            options = UNetOptions.model_validate(self.options).model_dump(mode="json")
+            object.__setattr__(self, "options", options)
+        return self
+
+
+class Optimiser(Frozen):
+    """Each site's own optimiser. `state: keep` stores its moments at the site, round by round."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Positive = 1e-3
+    weight_decay: NotNegative = 1e-5
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    state: Literal["keep", "reset"] = "keep"
+
+
+class Schedule(Frozen):
+    """Learning rate over the whole study, as a share of `optimiser.learning_rate`."""
+
+    name: Literal["constant", "cosine"] = "cosine"
+    warmup_rounds: NotNegative = 1
+
+
+class Augmentation(Frozen):
+    """Random changes of a training patch; zero or an empty list switches each one off."""
+
+    flip_axes: tuple[Annotated[int, Field(ge=0, le=2)], ...] = ()
+    rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 0.0
+    scaling: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    noise: NotNegative = 0.0
+    brightness: NotNegative = 0.0
+    contrast: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    gamma: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class Training(Frozen):
+    """What every site does in one round. Dice + cross-entropy, averaged per patient."""
+
+    loss: Literal["dice_ce"] = "dice_ce"
+    optimiser: Optimiser = Optimiser()
+    schedule: Schedule = Schedule()
+    steps_per_round: Count = 20
+    batch_size: Count = 2
+    foreground_share: Fraction = 0.5
+    gradient_clip_norm: Positive | None = 12.0
+    augmentation: Augmentation = Augmentation()
+    mixed_precision: bool = True
+    threads: Count = 1
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+
+class Aggregation(Frozen):
+    """How the coordinator turns answers into the next model."""
+
+    strategy: Literal["fedavg", "fedprox"] = "fedavg"
+    proximal_mu: NotNegative = 0.0
+    rounds: Count = 20
+    weighting: Literal["patients", "uniform"] = "patients"
+    minimum_sites: Count = 3
+    round_timeout_s: Positive = 3600.0
+    attempts: Count = 2
+    server_learning_rate: Positive = 1.0
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_averaging: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _strategy_settings(self) -> Self:
+        if self.strategy == "fedprox" and self.proximal_mu == 0:
+            raise ValueError(
+                "proximal_mu must be above 0 for fedprox (try 0.01); without it, say fedavg"
+            )
+        if self.strategy == "fedavg" and self.proximal_mu:
+            raise ValueError("proximal_mu belongs to fedprox; remove it or set strategy: fedprox")
+        return self
+
+
+class Evaluation(Frozen):
+    """What is measured on each site's `val` patients, and how often."""
+
+    metrics: tuple[Metric, ...] = ("dice", "hd95", "nsd")
+    every_rounds: Count = 5
+    tolerance_mm: Positive = 1.0
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
+
+    @model_validator(mode="after")
+    def _has_dice(self) -> Self:
+        if "dice" not in self.metrics or len(set(self.metrics)) != len(self.metrics):
+            raise ValueError("metrics must name dice, and each metric once")
+        return self
+
+
+class Privacy(Frozen):
+    """The guarantee. Under `none` the updates may reveal training images to the coordinator."""
+
+    guarantee: Literal["none"] = "none"
+
+
+class TensorSpec(Frozen):
+    """Name, shape and dtype of one tensor of the model."""
+
+    name: str = Field(min_length=1, max_length=256)
+    shape: tuple[Annotated[int, Field(ge=0)], ...] = Field(max_length=8)
+    dtype: Literal["float32", "float64", "float16", "int64", "uint8"]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor's data in bytes."""
+        width = {"float32": 4, "float64": 8, "float16": 2, "int64": 8, "uint8": 1}
+        return width[self.dtype] * prod(self.shape)
+
+
+class InitialModel(Frozen):
+    """The model that the study starts from, by digest, and the schema that every update keeps."""
+
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    tensors: tuple[TensorSpec, ...] = Field(min_length=1)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of one model in bytes, without the header of its file."""
+        return sum(t.nbytes for t in self.tensors)
+
+
+class StudyPlan(Frozen):
+    """Everything that the sites of a study agree on before it begins."""
+
+    format: Literal["fedseg-plan/1"] = "fedseg-plan/1"
+    study: Name
+    task: Task
+    model: Model = Model()
+    training: Training = Training()
+    aggregation: Aggregation = Aggregation()
+    evaluation: Evaluation = Evaluation()
+    privacy: Privacy = Privacy()
+    initial: InitialModel | None = None
+
+    @model_validator(mode="after")
+    def _patch_fits_network(self) -> Self:
+        if any(a >= self.task.dimensions for a in self.training.augmentation.flip_axes):
+            raise ValueError("training.augmentation.flip_axes names an axis the task does not have")
+        if self.training.schedule.warmup_rounds >= self.aggregation.rounds:
+            raise ValueError(
+                "training.schedule.warmup_rounds must be below aggregation.rounds "
+                f"({self.aggregation.rounds})"
+            )
+        if self.model.network != "unet":
+            return self
+        step = 2 ** (len(UNetOptions.model_validate(self.model.options).channels) - 1)
+        bad = [n for n in self.task.patch_size if n % step]
+        if bad:
+            raise ValueError(
+                f"task.patch_size {list(self.task.patch_size)}: every side must be a multiple of "
+                f"{step}, because the network halves it {step.bit_length() - 1} times; "
+                f"change {bad} or give the network fewer channels"
+            )
+        if prod(n // step for n in self.task.patch_size) < 2:
+            raise ValueError(
+                "task.patch_size shrinks to a single voxel inside the network, where a norm has "
+                "nothing to normalise: enlarge the patch or give the network fewer channels"
+            )
+        return self
+
+    @property
+    def canonical_bytes(self) -> bytes:
+        """The bytes that are signed and digested: UTF-8 JSON, sorted keys, no spaces."""
+        value = self.model_dump(mode="json")
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical bytes, 64 hexadecimal digits."""
+        return hashlib.sha256(self.canonical_bytes).hexdigest()
+
+    @property
+    def built(self) -> InitialModel:
+        """The initial model's record.
+
+        Raises:
+            PlanError: the plan was not built yet.
+        """
+        if self.initial is None:
+            raise PlanError(
+                "the plan has no initial model yet: run `fedseg plan build study.yaml` first"
+            )
+        return self.initial
+
+
+def parse_plan(data: bytes, source: str = "the plan") -> StudyPlan:
+    """Read a plan from YAML (or JSON) bytes.
+
+    Raises:
+        PlanError: not YAML, a field is unknown or wrong, or fields contradict each other; the
+            message names each field and what to do.
+    """
+    if len(data) > MAX_PLAN_BYTES:
+        raise PlanError(f"{source} is larger than {MAX_PLAN_BYTES} bytes: that is no study plan")
+    try:
+        value = yaml.load(data, Loader=_NoDuplicates)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise PlanError(f"{source} is not valid YAML: {error}") from None
+    if not isinstance(value, dict):
+        raise PlanError(f"{source} must be a YAML mapping; `fedseg plan new` writes an example")
+    try:
+        return StudyPlan.model_validate(value)
+    except ValidationError as error:
+        raise PlanError(f"{source} does not hold:\n{_explain(error)}") from None
+
+
+def load_plan(path: str | Path) -> StudyPlan:
+    """Read and check a plan file; see `parse_plan`."""
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise PlanError(f"cannot read the plan {path}: {error.strerror}") from None
+    return parse_plan(data, source=path.name)
+
+
+class _NoDuplicates(yaml.SafeLoader):
+    """YAML without the silent 'last key wins'."""
+
+
+def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    """Build a mapping; a key given twice is an error."""
+    loader.flatten_mapping(node)
+    pairs = loader.construct_pairs(node, deep=True)
+    keys = [key for key, _ in pairs]
+    twice = [key for key in keys if keys.count(key) > 1]
+    if twice:
+        raise yaml.constructor.ConstructorError(
+            None, None, f"the key {twice[0]!r} is given twice", node.start_mark
+        )
+    return dict(pairs)
+
+
+_NoDuplicates.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def _explain(error: ValidationError) -> str:
+    """One line a field, in the words of the plan."""
+    lines = []
+    for item in error.errors(include_url=False):
+        field = ".".join(str(part) for part in item["loc"]) or "plan"
+        message = re.sub(r"^Value error, ", "", item["msg"])
+        if item["type"] == "extra_forbidden":
+            message = "unknown field: is it misspelt, or in the wrong section?"
+        elif item["type"] == "missing":
+            message = "missing: `fedseg plan new` shows every field with an example"
+        lines.append(f"  {field}: {message}")
+    return "\n".join(lines)

@@ -1,0 +1,166 @@
+"""What a simulated study found: OUT/result.json.
+
+Everything but the block `run` is a function of plan and data: equal studies give equal bytes,
+whatever the engine, the order of the answers or the machine's speed. The schema is published in
+docs/result.schema.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Literal
+
+from pydantic import ValidationError
+
+from fedseg.errors import DataError
+from fedseg.plan import Frozen, StudyPlan
+
+Scores = dict[str, float | None]
+ArmName = Literal["federated", "pooled", "local"]
+
+
+def mean_of(scores: Mapping[str, float | None]) -> float | None:
+    """Mean over the labels that have a value; None where no label has one."""
+    known = [score for score in scores.values() if score is not None]
+    return fmean(known) if known else None
+
+
+class PatientScores(Frozen):
+    """One patient's metrics by label name; a patient's cases are averaged first.
+
+    A value is None where the metric is undefined: the label is neither in the truth nor in the
+    prediction of any case. HD95 is in mm; NSD (surface Dice) and Dice are in [0, 1].
+    """
+
+    site: str
+    patient: str
+    cases: int
+    dice: Scores
+    hd95_mm: Scores = {}
+    nsd: Scores = {}
+
+    @property
+    def mean_dice(self) -> float | None:
+        """Mean over the foreground labels: the patient's Dice in every table of fedseg."""
+        return mean_of(self.dice)
+
+
+class SiteAnswer(Frozen):
+    """What one site answered in one stage. `scores` is metric -> label -> mean over patients."""
+
+    site: str
+    patients: int
+    steps: int = 0
+    loss: float | None = None
+    scores: dict[str, Scores] = {}
+    bytes_up: int
+
+    @property
+    def mean_dice(self) -> float | None:
+        """Mean Dice over the labels, or None in a training stage."""
+        return mean_of(self.scores.get("dice", {}))
+
+
+class SiteFailure(Frozen):
+    """A site that gave no usable answer: a coarse code, and what the coordinator saw."""
+
+    site: str
+    code: str
+    reason: str
+
+
+class StageRecord(Frozen):
+    """One closed stage. Sites are sorted by name, not by the order of their answers."""
+
+    round: int
+    stage: str
+    attempt: int
+    bytes_down: int
+    bytes_up: int
+    answers: tuple[SiteAnswer, ...]
+    failures: tuple[SiteFailure, ...]
+
+
+class SiteSummary(Frozen):
+    """How much data a site brought, and how many cases were left out as unusable."""
+
+    name: str
+    patients: dict[str, int]
+    cases: dict[str, int]
+    left_out: int = 0
+
+
+class Arm(Frozen):
+    """One way to train, measured on the held-back patients of every hospital.
+
+    Attributes:
+        models: digest of the model used at each hospital (`local` has one a hospital).
+        gradient_steps: steps of the optimiser, all hospitals together.
+    """
+
+    name: ArmName
+    models: dict[str, str]
+    gradient_steps: int
+    patients: tuple[PatientScores, ...]
+
+    def of_site(self, site: str) -> tuple[PatientScores, ...]:
+        """The patients of one hospital."""
+        return tuple(patient for patient in self.patients if patient.site == site)
+
+
+class Run(Frozen):
+    """What differs between equal studies: where and how fast it ran.
+
+    Attributes:
+        compute_s: CPU seconds of training by arm, all sites together.
+        stage_s: wall seconds of each stage, in the order of `stages`.
+    """
+
+    engine: str
+    started: str
+    versions: dict[str, str]
+    cores: int
+    wall_s: float
+    compute_s: dict[str, float]
+    stage_s: tuple[float, ...]
+
+
+class StudyResult(Frozen):
+    """A whole simulated study."""
+
+    format: Literal["fedseg-result/1"] = "fedseg-result/1"
+    plan: StudyPlan
+    plan_digest: str
+    model_digest: str
+    split: str
+    rehearsed_faults: tuple[str, ...] = ()
+    sites: tuple[SiteSummary, ...]
+    stages: tuple[StageRecord, ...]
+    arms: tuple[Arm, ...]
+    run: Run
+
+    def arm(self, name: ArmName) -> Arm | None:
+        """One arm by name, or None where it was not trained."""
+        return next((arm for arm in self.arms if arm.name == name), None)
+
+    def to_json(self) -> str:
+        """The bytes of result.json: two spaces, sorted keys, a newline at the end."""
+        value = self.model_dump(mode="json")
+        return json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def load_result(path: Path) -> StudyResult:
+    """Read a result.json.
+
+    Raises:
+        DataError: the file cannot be read, or is no result of this version.
+    """
+    try:
+        return StudyResult.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot read the result {path.name}: {error.strerror}") from None
+    except ValidationError as error:
+        raise DataError(f"{path.name} is not a fedseg result: {error.errors()[0]['msg']}") from None

@@ -1,0 +1,20 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real medical data, from FEDSEG_TEST_DATA or a neighbouring checkout."""
+    named = os.environ.get("FEDSEG_TEST_DATA")
+    folder = Path(named) if named else Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no real medical data: set FEDSEG_TEST_DATA to their folder")
+    return folder
