@@ -1,0 +1,171 @@
+"""Networks by name: the built-in U-Net, and what a hospital installed itself.
+
+An own network comes through the entry-point group `fedseg.networks`. The entry's name is the
+plan's `model.network`; it loads an object with `version: str` and `build(task, options) -> Module`
+(see `NetworkFactory`). Code never comes with a plan: a plan only names what each hospital chose to
+install. Every network is checked for layers that mix patients before anyone trains it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Protocol, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import JsonValue
+from torch import nn
+
+from fedseg.arrays import Arrays, digest_of, schema_of, seed_for
+from fedseg.errors import PlanError, TrustError
+from fedseg.models.unet import build_unet
+from fedseg.plan import InitialModel, Model, StudyPlan, Task, UNetOptions
+
+GROUP = "fedseg.networks"
+
+
+class NetworkFactory(Protocol):
+    """What an entry point of the group `fedseg.networks` loads."""
+
+    version: str
+
+    def build(self, task: Task, options: Mapping[str, JsonValue]) -> nn.Module:
+        """Map (B, channels, *patch) to logits (B, 1 + labels, *patch)."""
+        ...
+
+
+def build_network(model: Model, task: Task) -> nn.Module:
+    """Build the plan's network; its weights come from torch's global generator.
+
+    Raises:
+        PlanError: the network is not installed here, has another version than the plan's, cannot
+            be built with these options, or has a layer that mixes patients.
+    """
+    if model.network == "unet":
+        network: nn.Module = build_unet(task, UNetOptions.model_validate(model.options))
+    else:
+        network = _build_installed(model, task)
+    refuse_running_statistics(network)
+    return network
+
+
+def refuse_running_statistics(network: nn.Module) -> None:
+    """Refuse layers in which patients meet.
+
+    Raises:
+        PlanError: a batch norm, or a norm with running statistics; the message names the layer.
+    """
+    for name, layer in network.named_modules():
+        batch_norm = isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        if batch_norm or getattr(layer, "running_mean", None) is not None:
+            raise PlanError(
+                f"the network's layer {name or 'itself'!r} is a {type(layer).__name__}: it "
+                + ("mixes the patients of a batch" if batch_norm else "keeps running statistics")
+                + ", so that no per-patient gradient exists or statistics of patients would leave "
+                "the hospital; use an instance or group norm with track_running_stats=False"
+            )
+
+
+def initial_model(plan: StudyPlan) -> tuple[InitialModel, dict[str, NDArray[np.generic]]]:
+    """The weights that the study starts from, and their record for the plan.
+
+    Depends on the plan's seed alone; torch's global generator is left as it was.
+
+    Raises:
+        PlanError: see `build_network`; or one forward pass on an empty patch fails or has another
+            shape than (1, 1 + labels, *patch).
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(plan.training.seed, "", 0, "initial model"))
+        network = build_network(plan.model, plan.task)
+        _check_shape(network, plan.task)
+    arrays = state_tensors(network)
+    return InitialModel(digest=digest_of(arrays), tensors=schema_of(arrays)), arrays
+
+
+def state_tensors(network: nn.Module) -> dict[str, NDArray[np.generic]]:
+    """Copies of the network's parameters and buffers by name."""
+    state = network.state_dict()
+    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in state.items()}
+
+
+def load_tensors(network: nn.Module, arrays: Arrays) -> None:
+    """Copy arrays into the network's parameters and buffers.
+
+    Raises:
+        TrustError: the names, shapes or dtypes are not exactly the network's; nothing was copied.
+    """
+    expected, came = _describe(state_tensors(network)), _describe(arrays)
+    if expected != came:
+        wrong = sorted(
+            name for name in expected.keys() | came.keys() if expected.get(name) != came.get(name)
+        )
+        name = wrong[0]
+        raise TrustError(
+            f"the model does not fit the plan's network in {len(wrong)} tensors; the first is "
+            f"{name[:80]!r}: expected {expected.get(name, 'none of that name')}, came "
+            f"{came.get(name, 'none of that name')}; use the plan that the model was made with"
+        )
+    network.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()})
+
+
+def _build_installed(model: Model, task: Task) -> nn.Module:
+    """Build a network of an entry point."""
+    entry = _find(model.network)
+    try:
+        factory = cast(NetworkFactory, entry.load())
+        version = factory.version
+        if version == model.version:
+            network = factory.build(task, model.options)
+    except Exception as error:
+        raise PlanError(
+            f"the network {model.network!r} of {entry.value!r} cannot be built: "
+            f"{type(error).__name__}: {error}; change model.options, or mend the package"
+        ) from error
+    if version != model.version:
+        raise PlanError(
+            f"the plan asks for {model.network} {model.version}, but {version} is installed here; "
+            f"install {model.version}, or change model.version and have the plan approved anew"
+        )
+    if not isinstance(network, nn.Module):
+        raise PlanError(f"{entry.value!r} built a {type(network).__name__}, not a torch Module")
+    return network
+
+
+def _find(name: str) -> EntryPoint:
+    """The entry point of one network."""
+    installed = entry_points(group=GROUP)
+    for entry in installed:
+        if entry.name == name:
+            return entry
+    names = ", ".join(sorted({"unet", *(entry.name for entry in installed)}))
+    raise PlanError(
+        f"the network {name!r} is not installed here; installed: {names}. Install the package "
+        f"that offers it (entry-point group {GROUP!r}), or change model.network"
+    )
+
+
+def _check_shape(network: nn.Module, task: Task) -> None:
+    """One forward pass on an empty patch."""
+    patch = torch.zeros(1, len(task.channels), *task.patch_size)
+    expected = (1, 1 + len(task.labels), *task.patch_size)
+    try:
+        with torch.no_grad():
+            shape = tuple(network.eval()(patch).shape)
+    except Exception as error:
+        raise PlanError(
+            f"the network fails on a patch of {list(task.patch_size)} with {len(task.channels)} "
+            f"channels: {type(error).__name__}: {error}; change task.patch_size or model.options"
+        ) from error
+    if shape != expected:
+        raise PlanError(
+            f"the network answers a patch with the shape {list(shape)}, expected {list(expected)} "
+            "(one class a label, and the background); change model.options"
+        )
+
+
+def _describe(arrays: Arrays) -> dict[str, str]:
+    """Dtype and shape of every array, for comparing and for messages."""
+    return {name: f"{array.dtype} {list(array.shape)}" for name, array in arrays.items()}
