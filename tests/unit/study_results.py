@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedseg.plan import StudyPlan
+from fedseg.reports.figures import Overlay, Rank
 from fedseg.result import (
     Arm,
     ArmName,
@@ -183,4 +184,49 @@ def make_result(
             },
             stage_s=tuple(9.5 for _ in make_stages(rounds, sites, labels)),
         ),
+    )
+
+
+def make_overlay(
+    site: str = "hospital_1",
+    patient: str = "P0001",
+    rank: Rank = "median",
+    labels: int = 2,
+    shape: tuple[int, int, int] = (38, 52, 36),
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    error: float = 1.5,
+    seed: int = 0,
+) -> Overlay:
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij"))
+    noise = rng.normal(0, 1, shape).astype(np.float32)
+    smooth = noise + np.roll(noise, 1, 0) + np.roll(noise, 1, 1) + np.roll(noise, 1, 2)
+    image = 0.25 * smooth + np.sin(4 * grid[0] + 2 * grid[1]) + 0.6 * (grid[2] < 0.7)
+    truth, prediction = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
+    for value in range(1, labels + 1):
+        centre = np.array([0.1, -0.45 + 0.9 * (value - 1) / max(1, labels - 1), 0.05 * value])
+        for mask, shift in ((truth, 0.0), (prediction, error / shape[1])):
+            away = (grid - (centre + shift)[:, None, None, None]) / np.array(
+                [0.35, 0.9 / max(2, labels), 0.4]
+            ).reshape(3, 1, 1, 1)
+            mask[(away**2).sum(axis=0) < 1] = value
+    image = image + 0.9 * (truth > 0)
+    return Overlay(
+        site=site,
+        patient=patient,
+        rank=rank,
+        dice=0.86,
+        image=image.astype(np.float32),
+        truth=truth,
+        prediction=prediction,
+        spacing_mm=spacing_mm,
+    )
+
+
+def make_overlays(sites: tuple[str, ...] = HOSPITALS, labels: int = 2) -> tuple[Overlay, ...]:
+    errors: dict[Rank, float] = {"best": 0.6, "median": 1.8, "worst": 5.0}
+    return tuple(
+        make_overlay(site, f"P{k}{int(error)}", rank, labels, error=error, seed=10 * k + int(error))
+        for k, site in enumerate(sites)
+        for rank, error in errors.items()
     )
