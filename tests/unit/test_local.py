@@ -130,7 +130,7 @@ def test_a_round_is_the_plain_loop(name: str) -> None:
     load_tensors(network, initial_model(plan)[1])
     make = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[name]
     more = {"momentum": 0.9} if name == "sgd" else {}
-    optimiser = make(network.parameters(), lr=1e-3, weight_decay=1e-5, **more)
+    optimiser = make(network.parameters(), lr=1e-3, weight_decay=1e-5, fused=True, **more)
     for round_ in (1, 2):
         with repeatable(1, seed_for(0, "A", round_, "network"), torch.device("cpu")):
             for images, labels in _batches(PATIENTS, plan, round_, "A", torch.device("cpu")):
