@@ -1,0 +1,1 @@
+"""What the consortium runs. It never sees a patient and needs no torch."""

@@ -1,0 +1,31 @@
+"""Which node is which site. A site has one node; a node cannot change its site."""
+
+from __future__ import annotations
+
+from fedseg.updates import AnswerError
+
+
+class Roster:
+    """The sites that enlisted, by Flower's node id."""
+
+    def __init__(self) -> None:
+        self._sites: dict[int, str] = {}
+
+    def add(self, node_id: int, site: str) -> None:
+        """Remember a site's node.
+
+        Raises:
+            AnswerError: code `site`: the node has another site, or the site another node.
+        """
+        if self._sites.get(node_id, site) != site:
+            raise AnswerError("site", f"the node of {self._sites[node_id]} answered as {site}")
+        if site in self._sites.values() and node_id not in self._sites:
+            raise AnswerError("site", f"two nodes claim to be {site}")
+        self._sites[node_id] = site
+
+    def site_of(self, node_id: int) -> str | None:
+        """The node's site, or None while it has not enlisted."""
+        return self._sites.get(node_id)
+
+    def __len__(self) -> int:
+        return len(self._sites)

@@ -1,0 +1,73 @@
+"""A study's state on disk: one container, replaced atomically after every stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from numpy.typing import NDArray
+
+from fedseg.aggregation.rounds import Position, StudyState
+from fedseg.aggregation.server import Model, ServerState
+from fedseg.container import pack, unpack, write_atomically
+from fedseg.errors import RoundError, TrustError
+from fedseg.plan import Frozen, StudyPlan
+from fedseg.result import StageRecord
+
+_LIMIT_BESIDE_TENSORS = 256 * 1024 * 1024
+
+
+class _CheckpointHeader(Frozen):
+    """All of a state but its tensors."""
+
+    format: Literal["fedseg-checkpoint/1"] = "fedseg-checkpoint/1"
+    plan: str
+    position: Position | None
+    steps: int
+    history: tuple[StageRecord, ...]
+
+
+def save_state(path: Path, plan: StudyPlan, state: StudyState) -> None:
+    """Store a state; after a crash the file holds the old or the new state, never a part.
+
+    Raises:
+        RoundError: the disk is full; the old state is untouched.
+    """
+    server = state.server
+    parts = {"model": server.model, "momentum": server.momentum, "average": server.average}
+    arrays = {f"{part}/{k}": v for part, some in parts.items() for k, v in (some or {}).items()}
+    header = _CheckpointHeader(
+        plan=plan.digest, position=state.position, steps=server.steps, history=state.history
+    )
+    write_atomically(path, pack(header, arrays))
+
+
+def load_state(path: Path, plan: StudyPlan) -> StudyState:
+    """Read a stored state.
+
+    Raises:
+        RoundError: there is none, or it is of another plan.
+        TrustError: the file is damaged.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RoundError(f"no checkpoint to go on from in {path.name}: {error.strerror}") from None
+    limit = _LIMIT_BESIDE_TENSORS + 5 * plan.built.nbytes
+    header, arrays = unpack(data, _CheckpointHeader, max_bytes=limit, schema=None)
+    if header.plan != plan.digest:
+        raise RoundError(
+            "the checkpoint is of another plan: give the plan it was made with, or another --out"
+        )
+    model = _part(arrays, "model")
+    if model is None:
+        raise TrustError("the checkpoint holds no model: it is damaged")
+    server = ServerState(model, _part(arrays, "momentum"), _part(arrays, "average"), header.steps)
+    return StudyState(header.position, server, header.history)
+
+
+def _part(arrays: dict[str, NDArray[Any]], part: str) -> Model | None:
+    """The arrays under one prefix, or None where there are none."""
+    prefix = part + "/"
+    found = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+    return found or None

@@ -1,0 +1,175 @@
+"""A study as a state machine: typed stages, one after the other, from the plan alone.
+
+`open_stage` says what every site is asked (the same bytes for all), `close_stage` takes what came
+back and gives the next state. Both are pure; the coordinator moves bytes and stores states. A state
+is all that is needed to go on: a killed study continues from its last stored state and ends with
+the same bits. A stage that too few sites answered is tried again, as often as the plan allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from fedseg.aggregation.accumulate import MeanAccumulator
+from fedseg.aggregation.server import Model, ServerState, apply_update
+from fedseg.arrays import digest_of
+from fedseg.errors import PlanError, RoundError
+from fedseg.plan import Frozen, StudyPlan
+from fedseg.result import SiteAnswer, SiteFailure, StageRecord
+from fedseg.updates import StageName, TaskHeader, Trained, seal_task
+
+
+class Position(Frozen):
+    """Where a study stands: the stage that is to be opened next."""
+
+    round: int
+    stage: StageName
+    attempt: int = 1
+
+
+@dataclass(frozen=True)
+class StudyState:
+    """Everything the coordinator must not lose. `position` is None when the study is finished."""
+
+    position: Position | None
+    server: ServerState
+    history: tuple[StageRecord, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one stage brought, once it is closed to further answers."""
+
+    bytes_down: int
+    answers: tuple[SiteAnswer, ...]
+    failures: tuple[SiteFailure, ...]
+    total: MeanAccumulator | None = None
+
+
+def schedule(plan: StudyPlan) -> Iterator[tuple[int, StageName]]:
+    """Every stage of a study in order: sites enlist, then rounds of training and evaluation."""
+    yield 0, "enlist"
+    for round_ in range(1, plan.aggregation.rounds + 1):
+        yield round_, "train"
+        if round_ % plan.evaluation.every_rounds == 0 or round_ == plan.aggregation.rounds:
+            yield round_, "evaluate"
+
+
+def first_state(plan: StudyPlan, initial: Model) -> StudyState:
+    """The state before anything happened.
+
+    Raises:
+        PlanError: the model is not the one whose digest the plan holds.
+    """
+    if digest_of(initial) != plan.built.digest:
+        raise PlanError(
+            "the initial model is not the one in the plan: build the plan again, or bring the file "
+            "that `fedseg plan build` wrote beside it"
+        )
+    return StudyState(Position(round=0, stage="enlist"), ServerState(initial))
+
+
+def open_stage(state: StudyState, plan: StudyPlan) -> bytes:
+    """The task of the stage that comes next, the same for every site of the round."""
+    position = _open_position(state)
+    model = None
+    if position.stage == "train":
+        model = state.server.model
+    elif position.stage == "evaluate":
+        model = state.server.released(plan.aggregation)
+    header = TaskHeader(
+        study=plan.study,
+        plan=plan.digest,
+        round=position.round,
+        stage=position.stage,
+        attempt=position.attempt,
+        model=None if model is None else digest_of(model),
+    )
+    return seal_task(header, model)
+
+
+def enlist_task(plan: StudyPlan) -> bytes:
+    """The task that asks sites to enlist: at the start, and again when a study is resumed."""
+    header = TaskHeader(
+        study=plan.study, plan=plan.digest, round=0, stage="enlist", attempt=1, model=None
+    )
+    return seal_task(header)
+
+
+def close_stage(state: StudyState, plan: StudyPlan, outcome: Outcome) -> StudyState:
+    """The next state. With too few answers it is the same stage again, one attempt later."""
+    position = _open_position(state)
+    history = (*state.history, _record(position, outcome))
+    if missing_answers(position.stage, plan, outcome) > 0:
+        again = position.model_copy(update={"attempt": position.attempt + 1})
+        return replace(state, position=again, history=history)
+    server = state.server
+    if position.stage == "train":
+        assert outcome.total is not None
+        server = apply_update(server, outcome.total.mean(), plan.aggregation)
+    return StudyState(_after(position, plan), server, history)
+
+
+def missing_answers(stage: StageName, plan: StudyPlan, outcome: Outcome) -> int:
+    """How many answers are lacking for the stage to count; evaluation never holds a study up."""
+    return 0 if stage == "evaluate" else plan.aggregation.minimum_sites - len(outcome.answers)
+
+
+def require_attempts_left(state: StudyState, plan: StudyPlan) -> None:
+    """Stop a study whose stage has failed as often as the plan allows.
+
+    Raises:
+        RoundError: no attempt is left; it names the sites that failed and why.
+    """
+    position = state.position
+    if position is None or position.attempt <= plan.aggregation.attempts:
+        return
+    last = state.history[-1]
+    failed = ", ".join(f"{failure.site} ({failure.code})" for failure in last.failures) or "none"
+    raise RoundError(
+        f"round {last.round}, stage {last.stage}: {plan.aggregation.minimum_sites} sites must "
+        f"answer, {len(last.answers)} did, in {last.attempt} attempts; failed: {failed}. "
+        "Mend the sites and go on with --resume; nothing of the rounds before is lost"
+    )
+
+
+def fresh_attempts(state: StudyState) -> StudyState:
+    """The same state with all attempts of the open stage given back: what --resume starts from."""
+    if state.position is None or state.position.attempt == 1:
+        return state
+    return replace(state, position=state.position.model_copy(update={"attempt": 1}))
+
+
+def weight_of(body: Trained, plan: StudyPlan) -> int:
+    """The whole-number weight of a site's update."""
+    return body.patients if plan.aggregation.weighting == "patients" else 1
+
+
+def _open_position(state: StudyState) -> Position:
+    """The stage to open; a finished study has none."""
+    if state.position is None:
+        raise ValueError("the study is finished: no stage is left to open")
+    return state.position
+
+
+def _after(position: Position, plan: StudyPlan) -> Position | None:
+    """The stage that follows, or None at the end."""
+    stages = list(schedule(plan))
+    index = stages.index((position.round, position.stage)) + 1
+    if index == len(stages):
+        return None
+    return Position(round=stages[index][0], stage=stages[index][1])
+
+
+def _record(position: Position, outcome: Outcome) -> StageRecord:
+    """The history's entry, sorted by site so that the order of answers leaves no trace."""
+    return StageRecord(
+        round=position.round,
+        stage=position.stage,
+        attempt=position.attempt,
+        bytes_down=outcome.bytes_down,
+        bytes_up=sum(answer.bytes_up for answer in outcome.answers),
+        answers=tuple(sorted(outcome.answers, key=lambda answer: answer.site)),
+        failures=tuple(sorted(outcome.failures, key=lambda failure: failure.site)),
+    )

@@ -1,0 +1,155 @@
+"""One file format for all that carries tensors: safetensors with a JSON header checked by pydantic.
+
+Tasks, answers, models and checkpoints are containers. The header stands under one metadata key, so
+equal contents give equal bytes. Reading is bounded: the size is checked first, then names, shapes
+and dtypes against a schema, and only then are tensors looked at. No pickle, no code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from fedseg.arrays import Arrays
+from fedseg.errors import RoundError, TrustError
+from fedseg.plan import TensorSpec
+
+Header = TypeVar("Header", bound=BaseModel)
+MAX_HEADER_BYTES = 16 * 1024 * 1024
+_KEY = "fedseg"
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "I64": "int64", "U8": "uint8"}
+
+
+def pack(header: BaseModel, arrays: Arrays | None = None) -> bytes:
+    """Write a header and named arrays; equal inputs give equal bytes."""
+    dense = {name: np.ascontiguousarray(array) for name, array in sorted((arrays or {}).items())}
+    return save_safetensors(dense, metadata={_KEY: header.model_dump_json()})
+
+
+def peek(data: bytes, header_type: type[Header], *, max_bytes: int) -> Header:
+    """Read the header of a container alone; the tensors stay unread.
+
+    Raises:
+        TrustError: too large, malformed, or another kind of container.
+    """
+    return _open_header(data, header_type, max_bytes)[0]
+
+
+def unpack(
+    data: bytes, header_type: type[Header], *, max_bytes: int, schema: Sequence[TensorSpec] | None
+) -> tuple[Header, dict[str, NDArray[Any]]]:
+    """Open a container from an untrusted source.
+
+    Args:
+        data: the bytes as they came.
+        header_type: the pydantic model that the header must be.
+        max_bytes: anything larger is refused unread.
+        schema: the tensors that must be there, no more and no fewer; None takes any.
+
+    Returns:
+        The header and the arrays by name.
+
+    Raises:
+        TrustError: too large, malformed, another kind of container, or not the schema's tensors.
+    """
+    header, layout = _open_header(data, header_type, max_bytes)
+    if schema is not None:
+        _check_schema(layout, schema)
+    try:
+        return header, load_safetensors(data)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise TrustError(f"the tensors of the message are damaged: {error}") from None
+
+
+def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Replace a file in one step: after a crash the old or the new bytes are there, never a part.
+
+    Raises:
+        RoundError: the disk is full or the place cannot be written; the old file is untouched.
+    """
+    draft = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise RoundError(
+            f"cannot write {path.name}: {error.strerror}; the file before it is untouched, "
+            "make room or mend the rights and go on with --resume"
+        ) from error
+
+
+def _open_header(
+    data: bytes, header_type: type[Header], max_bytes: int
+) -> tuple[Header, dict[str, Any]]:
+    """The checked header, and the table of the tensors."""
+    if len(data) > max_bytes:
+        raise TrustError(f"a message of {len(data)} bytes came, at most {max_bytes} are allowed")
+    layout = _layout(data)
+    metadata = layout.pop("__metadata__", None)
+    if not isinstance(metadata, dict) or not isinstance(metadata.get(_KEY), str):
+        raise TrustError("the message is a safetensors file, but none of fedseg's")
+    try:
+        return header_type.model_validate_json(metadata[_KEY]), layout
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise TrustError(
+            f"the header is no {header_type.__name__}: {field}: {first['msg']}"
+        ) from None
+
+
+def _layout(data: bytes) -> dict[str, Any]:
+    """The safetensors table of contents, bounded before it is parsed."""
+    if len(data) < 8:
+        raise TrustError("the message is too short to be one of fedseg's")
+    (size,) = struct.unpack("<Q", data[:8])
+    if size > min(MAX_HEADER_BYTES, len(data) - 8):
+        raise TrustError("the message is not a safetensors file, or its header is oversized")
+    try:
+        layout = json.loads(data[8 : 8 + size])
+    except (ValueError, RecursionError):
+        raise TrustError("the message is not a safetensors file: its header is no JSON") from None
+    if not isinstance(layout, dict):
+        raise TrustError("the message is not a safetensors file: its header is no mapping")
+    return layout
+
+
+def _check_schema(layout: dict[str, Any], schema: Sequence[TensorSpec]) -> None:
+    """Refuse other names, shapes or dtypes than the plan's."""
+    expected = {spec.name: spec for spec in schema}
+    if layout.keys() != expected.keys():
+        odd = sorted(layout.keys() ^ expected.keys())
+        raise TrustError(
+            f"the plan's model has {len(expected)} tensors, the message {len(layout)}; "
+            f"{len(odd)} names differ, the first is {odd[0][:64]!r}"
+        )
+    for name, spec in expected.items():
+        entry = layout[name] if isinstance(layout[name], dict) else {}
+        shape, dtype = entry.get("shape"), _DTYPES.get(str(entry.get("dtype")))
+        if shape != list(spec.shape) or dtype != spec.dtype:
+            raise TrustError(
+                f"tensor {name!r} should be {spec.dtype} {list(spec.shape)}, "
+                f"but {dtype} {str(shape)[:80]} came"
+            )

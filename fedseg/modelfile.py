@@ -1,0 +1,68 @@
+"""A released model: one self-describing container with the tensors and the plan they belong to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from numpy.typing import NDArray
+from pydantic import model_validator
+
+from fedseg.arrays import Arrays, digest_of
+from fedseg.container import pack, unpack, write_atomically
+from fedseg.errors import DataError, TrustError
+from fedseg.plan import Frozen, StudyPlan
+from fedseg.updates import Digest
+
+MAX_MODEL_BYTES = 8 * 1024**3
+
+
+class ModelHeader(Frozen):
+    """What is needed to use a model, and where it comes from.
+
+    Attributes:
+        arm: how it was trained: federated, pooled, local, or initial.
+        rounds: closed rounds of training.
+    """
+
+    format: Literal["fedseg-model/1"] = "fedseg-model/1"
+    plan: StudyPlan
+    plan_digest: Digest
+    model_digest: Digest
+    arm: str
+    rounds: int
+
+    @model_validator(mode="after")
+    def _plan_is_the_one(self) -> Self:
+        if self.plan.digest != self.plan_digest:
+            raise ValueError("the plan's digest is not that of the plan")
+        return self
+
+
+def save_model(path: Path, plan: StudyPlan, model: Arrays, *, arm: str, rounds: int) -> None:
+    """Write a model file, atomically."""
+    header = ModelHeader(
+        plan=plan,
+        plan_digest=plan.digest,
+        model_digest=digest_of(model),
+        arm=arm,
+        rounds=rounds,
+    )
+    write_atomically(path, pack(header, model))
+
+
+def load_model(path: Path) -> tuple[ModelHeader, dict[str, NDArray[Any]]]:
+    """Read a model file.
+
+    Raises:
+        DataError: the file cannot be read.
+        TrustError: it is no model of fedseg, or its tensors are not the ones it names.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read the model {path.name}: {error.strerror}") from None
+    header, model = unpack(data, ModelHeader, max_bytes=MAX_MODEL_BYTES, schema=None)
+    if digest_of(model) != header.model_digest:
+        raise TrustError(f"{path.name}: the tensors are not the ones that its header names")
+    return header, model

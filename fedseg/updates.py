@@ -1,0 +1,169 @@
+"""Tasks and answers: all that coordinator and sites say to each other.
+
+A task is the same bytes for every site of a round; its identity is (study, plan, round, stage,
+digest of the model it carries). An answer names the SHA-256 of the task it answers. What a site
+says of its patients is in the fields of `Body` and nowhere else. Updates are deltas: trained model
+minus the model of the task.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, FiniteFloat
+
+from fedseg.arrays import Arrays, digest_of
+from fedseg.container import pack, peek, unpack
+from fedseg.errors import TrustError
+from fedseg.plan import Frozen, Name, StudyPlan, TensorSpec
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+StageName = Literal["enlist", "train", "evaluate"]
+RefusalCode = Literal["plan", "task", "data", "not_finite", "failed"]
+NotNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
+
+HEADER_ROOM = 1024 * 1024
+TENSOR_ROOM = 1024
+
+
+class TaskHeader(Frozen):
+    """What a task asks for. `model` is the digest of the tensors that travel with it."""
+
+    format: Literal["fedseg-task/1"] = "fedseg-task/1"
+    study: Name
+    plan: Digest
+    round: NotNegativeInt
+    stage: StageName
+    attempt: Annotated[int, Field(ge=1)]
+    model: Digest | None
+
+
+class Enlisted(Frozen):
+    """The site is ready: patients and cases by split, and cases left out as unusable."""
+
+    kind: Literal["enlist"] = "enlist"
+    patients: dict[str, NotNegativeInt]
+    cases: dict[str, NotNegativeInt]
+    left_out: NotNegativeInt
+
+
+class Trained(Frozen):
+    """One round of training; the delta travels beside it."""
+
+    kind: Literal["train"] = "train"
+    patients: NotNegativeInt
+    steps: NotNegativeInt
+    loss: FiniteFloat
+
+
+class Evaluated(Frozen):
+    """Metric -> label -> mean over the site's `val` patients."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    patients: NotNegativeInt
+    scores: dict[str, dict[str, FiniteFloat | None]]
+
+
+class Refused(Frozen):
+    """One coarse code; the reason stays at the site."""
+
+    kind: Literal["refused"] = "refused"
+    code: RefusalCode
+
+
+Body = Annotated[Enlisted | Trained | Evaluated | Refused, Field(discriminator="kind")]
+
+
+class AnswerHeader(Frozen):
+    """What a site answers to one task."""
+
+    format: Literal["fedseg-answer/1"] = "fedseg-answer/1"
+    task: Digest
+    site: SiteName
+    body: Body
+
+
+class AnswerError(TrustError):
+    """An answer that does not count, with a code for the record."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def task_digest(task: bytes) -> str:
+    """What an answer refers to: SHA-256 of the task's bytes."""
+    return hashlib.sha256(task).hexdigest()
+
+
+def seal_task(header: TaskHeader, model: Arrays | None = None) -> bytes:
+    """Write a task."""
+    return pack(header, model)
+
+
+def open_task(data: bytes, plan: StudyPlan) -> tuple[TaskHeader, dict[str, NDArray[Any]]]:
+    """Open a task at a site.
+
+    Raises:
+        TrustError: oversized or malformed, of another study or plan, or the model is not the one
+            that the header names.
+    """
+    limit = message_limit(plan.built.tensors)
+    header = peek(data, TaskHeader, max_bytes=limit)
+    if (header.study, header.plan) != (plan.study, plan.digest):
+        raise TrustError("the task belongs to another study or to a plan that is not approved here")
+    schema = plan.built.tensors if header.stage != "enlist" else ()
+    header, model = unpack(data, TaskHeader, max_bytes=limit, schema=schema)
+    if schema and digest_of(model) != header.model:
+        raise TrustError("the task's model is not the one that its header names")
+    return header, model
+
+
+def seal_answer(header: AnswerHeader, delta: Arrays | None = None) -> bytes:
+    """Write an answer."""
+    return pack(header, delta)
+
+
+def open_answer(
+    data: bytes, plan: StudyPlan, *, task: str, stage: StageName, site: str | None
+) -> tuple[AnswerHeader, dict[str, NDArray[Any]]]:
+    """Open an answer at the coordinator.
+
+    Args:
+        data: the bytes as they came.
+        plan: gives the schema that a delta must have.
+        task: digest of the task that was sent.
+        stage: the stage that is open.
+        site: who should have answered, or None while sites introduce themselves.
+
+    Raises:
+        AnswerError: with code `malformed`, `stale`, `site`, `stage` or `not_finite`.
+    """
+    limit = message_limit(plan.built.tensors if stage == "train" else ())
+    try:
+        kind = peek(data, AnswerHeader, max_bytes=limit).body.kind
+        schema = plan.built.tensors if kind == "train" else ()
+        header, delta = unpack(data, AnswerHeader, max_bytes=limit, schema=schema)
+    except TrustError as error:
+        raise AnswerError("malformed", str(error)) from None
+    if header.task != task:
+        raise AnswerError("stale", "the answer belongs to another task")
+    if site is not None and header.site != site:
+        raise AnswerError("site", f"the node of {site} answered as {header.site}")
+    if header.body.kind == "refused":
+        raise AnswerError(header.body.code, "the site refused or failed; its audit has the reason")
+    if header.body.kind != stage:
+        raise AnswerError("stage", f"a {header.body.kind} answer came in the stage {stage}")
+    bad = [name for name, array in delta.items() if not np.isfinite(array).all()]
+    if bad:
+        raise AnswerError("not_finite", f"{len(bad)} tensors hold NaN or infinity, as {bad[0]!r}")
+    return header, delta
+
+
+def message_limit(schema: tuple[TensorSpec, ...]) -> int:
+    """The largest message in bytes that carries these tensors."""
+    return HEADER_ROOM + sum(spec.nbytes + TENSOR_ROOM for spec in schema)

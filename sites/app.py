@@ -1,0 +1,30 @@
+"""The site's Flower ClientApp: it forwards opaque bytes to the trainer and knows nothing of them.
+
+The trainer decides, trains and answers. In simulation `connect` gives the trainer's own `handle`;
+at a hospital it will give a function that speaks to the trainer's socket. Neither torch nor
+anything that reads images is imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedseg.carriage import ACTION, unwrap, wrap
+
+Handle = Callable[[bytes], bytes]
+Connect = Callable[[Context], Handle]
+
+
+def make_app(connect: Connect) -> ClientApp:
+    """A ClientApp that forwards every task to the trainer that `connect` finds for its node."""
+    app = ClientApp()
+
+    @app.query(ACTION)
+    def forward(message: Message, context: Context) -> Message:
+        answer = connect(context)(unwrap(message))
+        return Message(wrap(answer), reply_to=message)
+
+    return app

@@ -1,0 +1,68 @@
+"""A cohort's prepared cases, loaded when they are asked for and kept in memory up to a bound."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import overload
+
+from fedseg.imaging.cache import CaseCache
+from fedseg.imaging.cases import Case, Cohort
+from fedseg.imaging.transforms import PreparedCase
+
+MEMORY_BYTES = 2 * 1024**3
+
+
+class PreparedPatients(Mapping[str, Sequence[PreparedCase]]):
+    """Patient -> prepared cases. The cases used longest ago make room for new ones."""
+
+    def __init__(self, cohort: Cohort, cache: CaseCache, memory_bytes: int = MEMORY_BYTES) -> None:
+        self._cases = dict(cohort.by_patient())
+        self._label_map = cohort.label_map
+        self._cache = cache
+        self._room = memory_bytes
+        self._loaded: OrderedDict[str, PreparedCase] = OrderedDict()
+
+    def __getitem__(self, patient: str) -> Sequence[PreparedCase]:
+        return _Lazy(self, self._cases[patient])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._cases)
+
+    def __len__(self) -> int:
+        return len(self._cases)
+
+    def load(self, case: Case) -> PreparedCase:
+        """One prepared case, from memory, the disk cache or the hospital's files."""
+        if case.name in self._loaded:
+            self._loaded.move_to_end(case.name)
+            return self._loaded[case.name]
+        prepared = self._cache.load(case, self._label_map)
+        self._loaded[case.name] = prepared
+        while len(self._loaded) > 1 and sum(map(_size, self._loaded.values())) > self._room:
+            self._loaded.popitem(last=False)
+        return prepared
+
+
+class _Lazy(Sequence[PreparedCase]):
+    """A patient's cases, each loaded when it is taken."""
+
+    def __init__(self, patients: PreparedPatients, cases: tuple[Case, ...]) -> None:
+        self._patients, self._cases = patients, cases
+
+    @overload
+    def __getitem__(self, index: int) -> PreparedCase: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[PreparedCase]: ...
+    def __getitem__(self, index: int | slice) -> PreparedCase | Sequence[PreparedCase]:
+        if isinstance(index, slice):
+            return _Lazy(self._patients, self._cases[index])
+        return self._patients.load(self._cases[index])
+
+    def __len__(self) -> int:
+        return len(self._cases)
+
+
+def _size(case: PreparedCase) -> int:
+    """Bytes of a prepared case."""
+    return case.image.nbytes + (0 if case.label is None else case.label.nbytes)

@@ -1,0 +1,152 @@
+"""The half of a site that sees patients: `handle(task: bytes) -> bytes`, and nothing else goes out.
+
+Long-lived, so that network and prepared cases stay warm. It takes only tasks of the plan it was
+made with; whatever goes wrong, an answer with one coarse code leaves and the reason stays here, in
+the site's journal. Training and evaluation are functions of task and cohort: a task that comes
+again gives the same answer.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+
+import torch
+from fedseg.evaluation.evaluate import evaluate_cohort, site_means
+
+from fedseg.arrays import Arrays
+from fedseg.errors import DataError, FedsegError, PlanError, RoundError, TrustError
+from fedseg.imaging.cache import CaseCache
+from fedseg.imaging.cases import Cohort
+from fedseg.learning.local import train_round
+from fedseg.models.zoo import build_network, load_tensors, state_tensors
+from fedseg.plan import StudyPlan
+from fedseg.updates import (
+    AnswerHeader,
+    Body,
+    Enlisted,
+    Evaluated,
+    RefusalCode,
+    Refused,
+    TaskHeader,
+    Trained,
+    open_task,
+    seal_answer,
+    task_digest,
+)
+from sites.journal import Journal
+from sites.patients import PreparedPatients
+from sites.state import OptimiserStates
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """One hospital's trainer for one study."""
+
+    def __init__(
+        self,
+        plan: StudyPlan,
+        cohort: Cohort,
+        cache: CaseCache,
+        folder: Path,
+        *,
+        left_out: int = 0,
+        device: str = "cpu",
+    ) -> None:
+        """Make a trainer.
+
+        Args:
+            plan: what the hospital approved; it has an initial model.
+            cohort: the site's usable cases of all splits.
+            cache: where prepared cases are kept.
+            folder: the site's own place for optimiser states and its journal.
+            left_out: cases that the check found unusable; only their number is told.
+            device: of torch.
+        """
+        self._plan, self._cohort, self._left_out = plan, cohort, left_out
+        self._network = build_network(plan.model, plan.task).to(torch.device(device))
+        self._patients = PreparedPatients(cohort.split("train"), cache)
+        self._cache = cache
+        self._states = OptimiserStates(folder / "state", plan)
+        self._journal = Journal(folder / "journal.jsonl")
+        self._lock = threading.Lock()
+
+    def handle(self, task: bytes) -> bytes:
+        """Answer one task. Never raises: a refusal is an answer with one coarse code."""
+        with self._lock:
+            delta: Arrays | None = None
+            body: Body
+            try:
+                body, delta = self._work(task)
+            except Exception as error:
+                body = Refused(code=_code_of(error))
+                self._journal.write("refused", code=body.code, reason=f"{error}")
+                if not isinstance(error, FedsegError):
+                    logger.exception("a task failed for a reason that fedseg does not know")
+            header = AnswerHeader(task=task_digest(task), site=self._cohort.site, body=body)
+            return seal_answer(header, delta)
+
+    def _work(self, task: bytes) -> tuple[Body, Arrays | None]:
+        """Open a task and do what its stage asks for."""
+        header, model = open_task(task, self._plan)
+        if header.stage == "enlist":
+            return self._enlist(), None
+        if header.stage == "evaluate":
+            return self._evaluate(header, model), None
+        return self._train(header, model)
+
+    def _enlist(self) -> Enlisted:
+        """Say what the cohort brings."""
+        parts = {name: self._cohort.split(name) for name in ("train", "val", "test")}
+        self._journal.write("enlisted")
+        return Enlisted(
+            patients={name: len(part.patients) for name, part in parts.items()},
+            cases={name: len(part.cases) for name, part in parts.items()},
+            left_out=self._left_out,
+        )
+
+    def _train(self, header: TaskHeader, model: Arrays) -> tuple[Trained, Arrays]:
+        """Train one round from the task's model; the delta and the next optimiser state."""
+        load_tensors(self._network, model)
+        started = time.thread_time()
+        outcome = train_round(
+            self._network,
+            self._patients,
+            self._plan,
+            round_=header.round,
+            site=self._cohort.site,
+            optimiser_state=self._states.before(header.round),
+            anchor=model,
+        )
+        spent = time.thread_time() - started
+        trained = state_tensors(self._network)
+        delta = {name: trained[name] - model[name] for name in model}
+        self._states.store(header.round, outcome.optimiser_state)
+        self._journal.write(
+            "trained", round=header.round, steps=outcome.steps, cpu_s=round(spent, 4)
+        )
+        patients = len(self._patients)
+        return Trained(patients=patients, steps=outcome.steps, loss=outcome.loss), delta
+
+    def _evaluate(self, header: TaskHeader, model: Arrays) -> Evaluated:
+        """Mean metrics over the site's `val` patients."""
+        load_tensors(self._network, model)
+        held_back = self._cohort.split("val")
+        metrics = self._plan.evaluation.metrics
+        patients = evaluate_cohort(self._network, held_back, self._cache, self._plan, metrics)
+        self._journal.write("evaluated", round=header.round, patients=len(patients))
+        return Evaluated(patients=len(patients), scores=site_means(patients, metrics))
+
+
+def _code_of(error: Exception) -> RefusalCode:
+    """The coarse code that leaves."""
+    codes: tuple[tuple[type[Exception], RefusalCode], ...] = (
+        (PlanError, "plan"),
+        (TrustError, "task"),
+        (DataError, "data"),
+        (RoundError, "not_finite"),
+    )
+    return next((code for kind, code in codes if isinstance(error, kind)), "failed")
