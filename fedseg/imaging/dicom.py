@@ -287,7 +287,7 @@ def _check_steps(headers: Sequence[Any], direction: tuple[float, ...]) -> None:
 
 
 def _volume(datasets: list[Any]) -> Any:
-    """The highdicom volume (slices, rows, columns) of one multi-frame or many single-frame files."""
+    """A highdicom volume (slices, rows, columns) of one multi-frame or many single-frame files."""
     import highdicom
     from pydicom.uid import generate_uid
 

@@ -55,6 +55,16 @@ def spacing_of(affine: Affine) -> tuple[float, float, float]:
     return x, y, z
 
 
+def ras_spacing_of(affine: Affine) -> tuple[float, float, float]:
+    """Spacing in mm along x, y and z of the patient: of the voxel axis closest to each."""
+    from nibabel.orientations import io_orientation
+
+    spacing = spacing_of(affine)
+    axes = io_orientation(affine)[:, 0]  # type: ignore[no-untyped-call]
+    x, y, z = (spacing[int(np.flatnonzero(axes == anatomical)[0])] for anatomical in range(3))
+    return x, y, z
+
+
 def check_affine(affine: Affine, what: str) -> None:
     """Refuse an affine that is not finite or squeezes space.
 
