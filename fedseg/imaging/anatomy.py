@@ -93,7 +93,7 @@ def turned(points: Floats, angles: Floats) -> Floats:
 def _posed(points: Floats, rng: np.random.Generator) -> Floats:
     """The room as the patient's own frame: moved, turned and, for a left organ, mirrored."""
     moved = points + rng.normal(0, 2.0, 3).astype(points.dtype)
-    points = turned(moved, rng.normal(0, 0.15, 3))
+    points = turned(moved, rng.normal(0, 0.25, 3))
     points[..., 0] *= rng.choice([-1.0, 1.0])
     return points
 
@@ -101,7 +101,7 @@ def _posed(points: Floats, rng: np.random.Generator) -> Floats:
 def _organ(rng: np.random.Generator) -> Organ:
     """Bend, thickness and the place of the neck vary between patients."""
     t = np.linspace(0, 1, 33)
-    neck = rng.uniform(0.22, 0.42)
+    neck = rng.uniform(0.16, 0.36)
     bend, arch, hook = rng.normal([5.0, 3.0, 2.0], [2.0, 2.0, 1.5])
     centres = np.stack(
         [
@@ -111,19 +111,19 @@ def _organ(rng: np.random.Generator) -> Organ:
         ],
         axis=-1,
     )
-    swelling = 1 / (1 + np.exp((t - neck) / 0.05))
-    radii = rng.uniform(3.6, 5.0) * (1 - 0.3 * t) + rng.uniform(1.2, 3.0) * swelling
+    swelling = 1 / (1 + np.exp((t - neck) / 0.03))
+    radii = rng.uniform(4.2, 5.4) * (1 - 0.3 * t) + rng.uniform(1.8, 3.2) * swelling
     return Organ(centres, radii, int(np.searchsorted(t, neck)))
 
 
 def _neighbours(organ: Organ, rng: np.random.Generator) -> list[tuple[Floats, Floats, int]]:
     """A ball at the head, a tube along the organ, a ventricle above it: centres, radii, tissue."""
     ball = rng.uniform(3.5, 6.0)
-    gap = organ.radii[0] + ball + rng.uniform(-1.5, 1.0)
+    gap = organ.radii[0] + ball + rng.uniform(-0.5, 1.5)
     way = turned(np.array([0.0, 0.75, 0.66]), rng.normal(0, 0.4, 3))
     width = rng.uniform(2.2, 3.6)
     side = turned(np.array([-0.8, 0.0, -0.6]), rng.normal(0, 0.4, 3))
-    along = organ.centres + side * (organ.radii + width + rng.uniform(0.3, 1.5))[:, None]
+    along = organ.centres + side * (organ.radii + width + rng.uniform(0.6, 2.0))[:, None]
     along = along[::2]
     above = turned(np.array([0.7, 0.0, 0.7]), rng.normal(0, 0.4, 3))
     room = (organ.centres + above * (organ.radii + 2.0)[:, None])[::2]

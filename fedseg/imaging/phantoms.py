@@ -7,7 +7,8 @@ contrast (one of five is inverted, as T2 is to T1), intensity scale, noise, bias
 spacing and way of storing axes; its patients differ in size. CT phantoms are in HU and differ in
 enhancement, dose and slice thickness.
 
-On one machine the same arguments give the same bytes; a hospital's patients do not change when others are added.
+On one machine the same arguments give the same bytes; a hospital's patients do not change when
+others are added.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Floats = NDArray[np.floating[Any]]
 Numbers = NDArray[np.generic]
 
 LABELS = {"head": HEAD, "body": BODY}
-MANY_OR_FEW = (1.0, 0.75, 1.25, 0.625, 1.0)
+MANY_OR_FEW = (1.0, 0.625, 1.25, 1.0, 0.75)
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ def _mr_image(
     signal: Floats = np.array([0.75, 0.45, 0.12], dtype=np.float32)[tissue]
     signal += 0.03 * waves(points, rng, 7)
     signal = np.clip(1 - signal if scanner.contrast < 0 else signal, 0.02, 1)
-    signal = signal ** (abs(scanner.contrast) * rng.uniform(0.9, 1.1))
+    signal = signal ** (abs(scanner.contrast) * rng.uniform(0.7, 1.4))
     signal = _blurred(signal, scanner) * np.exp(scanner.bias * waves(points, rng, 90, count=4) / 2)
     real, imaginary = scanner.noise * rng.standard_normal((2, *signal.shape), dtype=np.float32)
     magnitude: Floats = np.hypot(signal + real, imaginary)

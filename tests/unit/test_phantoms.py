@@ -79,7 +79,7 @@ def test_a_quarter_of_the_patients_and_two_at_least_are_val(tmp_path: Path) -> N
 def test_hospitals_have_many_or_few_patients() -> None:
     from fedseg.imaging.phantoms import _patients
 
-    assert _patients(5, 8) == [8, 6, 10, 5, 8]
+    assert _patients(5, 8) == [8, 5, 10, 8, 6]
 
 
 @pytest.mark.parametrize("modality", ["MR", "CT"])
