@@ -17,7 +17,7 @@ import numpy as np
 
 from fedseg.imaging import label_maps, layouts
 from fedseg.imaging.findings import Finding
-from fedseg.imaging.layouts import Row
+from fedseg.imaging.listings import Row, stem_of
 from fedseg.imaging.readers import distinct, is_dicom, load_nifti
 from fedseg.imaging.volumes import ras_spacing_of
 from fedseg.plan import Task
@@ -87,7 +87,7 @@ def _channel_names(folder: Path) -> list[str]:
         int(stem[-4:])
         for place in layouts.IMAGE_FOLDERS
         for path in (folder / place).glob("*_000[0-7].nii*")
-        if (stem := layouts.stem_of(path.name))
+        if (stem := stem_of(path.name))
     }
     return [f"channel_{n}" for n in sorted(numbers)] if len(numbers) > 1 else ["image"]
 

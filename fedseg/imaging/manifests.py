@@ -19,7 +19,7 @@ from fedseg.errors import DataError
 from fedseg.imaging import label_maps, layouts
 from fedseg.imaging.cases import SPLITS, Case, Manifest, Split
 from fedseg.imaging.findings import CaseError, Finding
-from fedseg.imaging.layouts import Listing, Row
+from fedseg.imaging.listings import Listing, Row
 from fedseg.imaging.partition import assign_sites, assign_splits, parse_partition
 from fedseg.plan import Task
 

@@ -25,13 +25,13 @@ def colour_of(value: int) -> str:
     return PALETTE[(value - 1) % len(PALETTE)]
 
 
-def overlay_png(volume: Volume, *, planar: bool = False, height: int = 150) -> str:
+def overlay_png(volume: Volume, *, planar: bool = False, side: int = 168) -> str:
     """Three planes of a case beside each other.
 
     Args:
         volume: its first channel is shown, between the 1st and 99th percentile.
         planar: show three slices along the third axis of the file instead (2-D tasks).
-        height: of the picture in pixels.
+        side: of each of the three squares in pixels.
 
     Returns:
         A PNG as a data URI.
@@ -44,8 +44,8 @@ def overlay_png(volume: Volume, *, planar: bool = False, height: int = 150) -> s
     for axis, index in planes:
         mask = np.take(label, index, axis)
         ratio = np.delete(np.array(spacing), axis)
-        panels.append(_panel(np.take(grey, index, axis), mask, ratio, height))
-    gap = np.ones((height, 4, 3), dtype=np.float32)
+        panels.append(_panel(np.take(grey, index, axis), mask, ratio, side))
+    gap = np.ones((side, 4, 3), dtype=np.float32)
     row = np.concatenate([part for panel in panels for part in (panel, gap)][:-1], axis=1)
     return _data_uri(row)
 
@@ -90,16 +90,14 @@ def _slices(label: NDArray[np.uint8]) -> list[tuple[int, int]]:
 
 
 def _panel(
-    grey: Picture, mask: NDArray[np.uint8], spacing: NDArray[np.float64], height: int
+    grey: Picture, mask: NDArray[np.uint8], spacing: NDArray[np.float64], side: int
 ) -> Picture:
-    """One slice as RGB (height, width, 3): first axis to the left or right, second axis up."""
-    width = max(
-        1,
-        min(3 * height, round(height * grey.shape[0] * spacing[0] / (grey.shape[1] * spacing[1]))),
-    )
-    columns = (np.arange(width) + 0.5) * grey.shape[0] / width
-    rows = (np.arange(height) + 0.5) * grey.shape[1] / height
-    pick = np.ix_(grey.shape[0] - 1 - columns.astype(int), grey.shape[1] - 1 - rows.astype(int))
+    """One slice as RGB (side, side, 3): first axis to the left, second axis up, true proportions."""
+    extent = np.array(grey.shape) * spacing
+    width, height = (max(1, round(side * float(e / extent.max()))) for e in extent)
+    columns = ((np.arange(width) + 0.5) * grey.shape[0] / width).astype(int)
+    rows = ((np.arange(height) + 0.5) * grey.shape[1] / height).astype(int)
+    pick = np.ix_(grey.shape[0] - 1 - columns, grey.shape[1] - 1 - rows)
     shown, labels = grey[pick].T, mask[pick].T
     rgb = np.repeat(shown[..., np.newaxis], 3, axis=2).astype(np.float32)
     for value in np.unique(labels[labels > 0]):
@@ -107,7 +105,10 @@ def _panel(
         colour = np.array([int(colour_of(int(value))[i : i + 2], 16) / 255 for i in (1, 3, 5)])
         rgb[inside] = (1 - FILL) * rgb[inside] + FILL * colour
         rgb[inside & ~_eroded(inside)] = colour
-    return rgb
+    panel = np.zeros((side, side, 3), dtype=np.float32)
+    top, left = (side - height) // 2, (side - width) // 2
+    panel[top : top + height, left : left + width] = rgb
+    return panel
 
 
 def _eroded(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -259,10 +259,12 @@ def _read_label(
     assert case.label is not None
     grid: Shape = (shape[0], shape[1], shape[2])
     if is_dicom(case.label):
-        from fedseg.imaging import dicom
+        from fedseg.imaging import segmentations
 
         source = case.images[0] if case.images[0].is_dir() else None
-        return dicom.read_segmentation(case.label, task, label_map, affine, grid, source=source)
+        return segmentations.read_segmentation(
+            case.label, task, label_map, affine, grid, source=source
+        )
     array, own = load_nifti(case.label, "label")
     label = map_labels(_three_axes(array, task, "label"), task, label_map)
     if case.images[0].is_dir():
