@@ -58,7 +58,7 @@ def read_series(folder: Path) -> Series:
     with quiet():
         try:
             volume = _volume([read_dataset(path) for path, _ in headers])
-        except CaseError:
+        except (CaseError, ImportError):
             raise
         except Exception as error:
             raise CaseError(

@@ -104,6 +104,8 @@ def _look(row: Row) -> tuple[str, tuple[float, float, float]] | None:
             return modality, ras_spacing_of(series.affine_ras)
         array, affine = load_nifti(path, "image")
         return ("CT" if float(np.nanmin(array)) <= -500 else "MR"), ras_spacing_of(affine)
+    except ImportError:
+        raise
     except Exception:
         return None
 
@@ -152,6 +154,8 @@ def _values(rows: Iterable[Row]) -> tuple[list[int], list[str]]:
                 continue
             array, _ = load_nifti(row.label, "label")
             found = [int(v) for v in distinct(array) if v == int(v) and v > 0]
+        except ImportError:
+            raise
         except Exception:
             continue
         labelled += 1

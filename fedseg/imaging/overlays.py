@@ -92,7 +92,7 @@ def _slices(label: NDArray[np.uint8]) -> list[tuple[int, int]]:
 def _panel(
     grey: Picture, mask: NDArray[np.uint8], spacing: NDArray[np.float64], side: int
 ) -> Picture:
-    """One slice as RGB (side, side, 3): first axis to the left, second axis up, true proportions."""
+    """One slice as RGB (side, side, 3), the first axis leftward and the second upward."""
     extent = np.array(grey.shape) * spacing
     width, height = (max(1, round(side * float(e / extent.max()))) for e in extent)
     columns = ((np.arange(width) + 0.5) * grey.shape[0] / width).astype(int)

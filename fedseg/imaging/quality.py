@@ -2,7 +2,7 @@
 
 Each fault becomes a finding with case, problem and remedy; each readable case becomes a row of
 the cohort table. Nothing here raises for one bad case: whatever goes wrong with it, the others
-are still inspected. An error keeps a case out of training (`usable`), a warning asks for a look.
+are still inspected; only a package that is not installed is no matter of the case. An error keeps a case out of training (`usable`), a warning asks for a look.
 """
 
 from __future__ import annotations
@@ -164,6 +164,8 @@ def _read(
         return read_case(case, task, label_map), []
     except CaseError as error:
         found = [error.of(case.name)]
+    except ImportError:
+        raise
     except Exception as error:
         logger.debug("unexpected failure while inspecting a case", exc_info=True)
         found = [_unexpected(case.name, error)]
@@ -171,7 +173,7 @@ def _read(
         return None, found
     try:
         return read_case(replace(case, label=None), task), found
-    except Exception:
+    except Exception:  # the finding of the first attempt says why
         return None, found
 
 

@@ -64,7 +64,7 @@ def read_segmentation(
             seg = highdicom.seg.segread(path)
             values = _segment_values(seg, task, label_map)
             return _placed_frames(seg, values, task, affine_ras, shape)
-        except CaseError:
+        except (CaseError, ImportError):
             raise
         except Exception as error:
             raise CaseError(

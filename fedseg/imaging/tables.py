@@ -87,7 +87,7 @@ def _text(path: Path) -> str:
     else:
         encoding = "utf-8-sig"
     try:
-        return data.decode(encoding)
+        return data.decode(encoding).lstrip("\ufeff")
     except UnicodeDecodeError:
         raise DataError(f"{path.name} is not {encoding} text: save it as CSV, UTF-8") from None
 
