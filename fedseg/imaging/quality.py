@@ -2,7 +2,8 @@
 
 Each fault becomes a finding with case, problem and remedy; each readable case becomes a row of
 the cohort table. Nothing here raises for one bad case: whatever goes wrong with it, the others
-are still inspected; only a package that is not installed is no matter of the case. An error keeps a case out of training (`usable`), a warning asks for a look.
+are still inspected (a package that is not installed is no matter of the case). An error keeps a
+case out of training (`usable`), a warning asks for a look.
 """
 
 from __future__ import annotations
