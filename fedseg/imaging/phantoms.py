@@ -3,9 +3,9 @@
 Every patient has a bent organ that thickens into a head at one end. `head` and `body` have the same
 intensity: only shape says where one ends. Neighbours of the same intensity (a ball beside the head,
 a tube along the body, scattered patches) are not part of it. Each hospital has its own scanner:
-contrast (one of five is inverted, as T2 is to T1), intensity scale, noise, bias field, sharpness,
-spacing and way of storing axes; its patients differ in size. CT phantoms are in HU and differ in
-enhancement, dose and slice thickness.
+contrast (some scans are inverted, as T2 is to T1, more at one hospital than at another), intensity
+scale, noise, bias field, sharpness, spacing and way of storing axes; its patients differ in size.
+CT phantoms are in HU and differ in enhancement, dose and slice thickness.
 
 On one machine the same arguments give the same bytes; a hospital's patients do not change when
 others are added.
@@ -42,8 +42,9 @@ class Scanner:
     """How one hospital's images differ from another's.
 
     Attributes:
-        contrast: MR: exponent applied to intensities in [0, 1]; negative inverts them first.
-            CT: enhancement of organ and vessels, 1 for the portal venous phase.
+        contrast: MR: exponent applied to intensities in [0, 1]. CT: enhancement of organ and
+            vessels, 1 for the portal venous phase.
+        inverted: MR: share of the scans whose dark and bright are exchanged.
         scale: MR: the stored value of 1, the brightest tissue. CT: 1, the file holds HU.
         dtype: as stored.
         noise: MR: Rician, as a share of the range. CT: in HU.
@@ -56,6 +57,7 @@ class Scanner:
     """
 
     contrast: float
+    inverted: float
     scale: float
     dtype: str
     noise: float
@@ -68,18 +70,18 @@ class Scanner:
 
 
 MR_SCANNERS = (
-    Scanner(1.0, 255, "uint8", 0.03, 0.2, 0.5, 1.0, 1.0, "RAS", 0),
-    Scanner(0.6, 900, "int16", 0.05, 0.3, 0.7, 0.9, 1.0, "LPS", 0),
-    Scanner(1.7, 1e5, "float32", 0.04, 0.3, 0.5, 1.1, 1.0, "LAS", 8),
-    Scanner(-1.0, 600, "int16", 0.04, 0.2, 0.6, 0.95, 1.0, "PSR", 0),
-    Scanner(1.2, 3000, "int16", 0.06, 0.4, 0.8, 1.05, 1.25, "RAS", 12),
+    Scanner(1.0, 0.0, 255, "uint8", 0.03, 0.2, 0.5, 1.0, 1.0, "RAS", 0),
+    Scanner(0.6, 0.4, 900, "int16", 0.05, 0.3, 0.7, 0.9, 1.0, "LPS", 0),
+    Scanner(1.7, 0.1, 1e5, "float32", 0.04, 0.3, 0.5, 1.1, 1.0, "LAS", 8),
+    Scanner(1.0, 0.8, 600, "int16", 0.04, 0.2, 0.6, 0.95, 1.0, "PSR", 0),
+    Scanner(1.2, 0.3, 3000, "int16", 0.06, 0.4, 0.8, 1.05, 1.25, "RAS", 12),
 )
 CT_SCANNERS = (
-    Scanner(1.0, 1, "int16", 18, 0, 0.6, 1.0, 1.0, "LPS", 0),
-    Scanner(0.4, 1, "int16", 25, 0, 0.8, 0.9, 1.0, "RAS", 0),
-    Scanner(1.4, 1, "int16", 30, 0, 0.5, 1.1, 1.0, "LAS", 0),
-    Scanner(0.1, 1, "int16", 15, 0, 0.7, 0.95, 1.25, "LPS", 0),
-    Scanner(0.8, 1, "int16", 35, 0, 0.5, 1.05, 1.0, "LPI", 5),
+    Scanner(1.0, 0.0, 1, "int16", 18, 0, 0.6, 1.0, 1.0, "LPS", 0),
+    Scanner(0.4, 0.0, 1, "int16", 25, 0, 0.8, 0.9, 1.0, "RAS", 0),
+    Scanner(1.4, 0.0, 1, "int16", 30, 0, 0.5, 1.1, 1.0, "LAS", 0),
+    Scanner(0.1, 0.0, 1, "int16", 15, 0, 0.7, 0.95, 1.25, "LPS", 0),
+    Scanner(0.8, 0.0, 1, "int16", 35, 0, 0.5, 1.05, 1.0, "LPI", 5),
 )
 
 
@@ -207,8 +209,8 @@ def _mr_image(
     """Contrast, texture, point spread, bias field, then Rician noise; brightest about 1."""
     signal: Floats = np.array([0.75, 0.45, 0.12], dtype=np.float32)[tissue]
     signal += 0.03 * waves(points, rng, 7)
-    signal = np.clip(1 - signal if scanner.contrast < 0 else signal, 0.02, 1)
-    signal = signal ** (abs(scanner.contrast) * rng.uniform(0.7, 1.4))
+    signal = np.clip(1 - signal if rng.random() < scanner.inverted else signal, 0.02, 1)
+    signal = signal ** (scanner.contrast * rng.uniform(0.7, 1.4))
     signal = _blurred(signal, scanner) * np.exp(scanner.bias * waves(points, rng, 90, count=4) / 2)
     real, imaginary = scanner.noise * rng.standard_normal((2, *signal.shape), dtype=np.float32)
     magnitude: Floats = np.hypot(signal + real, imaginary)
