@@ -61,6 +61,9 @@ def check(
 ) -> None:
     """Inspect a cohort before anything is trained: each finding with case, problem and remedy.
 
+    DIR holds NIfTI with sites.csv, a Decathlon or nnU-Net dataset.json, images/ and labels/
+    alone, or DICOM series. A labels.yaml in it says what its label values mean.
+
     Exit status 0 only when all is well: no errors, no warnings, at least one case.
     """
     from fedseg.imaging.check_page import MAX_PICTURES, render_check_page

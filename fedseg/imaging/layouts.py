@@ -64,7 +64,11 @@ def list_folder(folder: Path, task: Task, table: str | None = None) -> Listing:
 
 
 def list_table(folder: Path, task: Task, path: Path) -> Listing:
-    """Cases by a CSV with the columns subject, site, split, patient and perhaps image, label."""
+    """Cases by a CSV with the columns subject, site, split, patient and perhaps image, label.
+
+    Without a column image, a subject's files lie in images/ and labels/ under its name, channels
+    as SUBJECT_0000, SUBJECT_0001, ... With it, the channels of a case are separated by "|".
+    """
     columns, records = tables.read_table(path)
     rows, findings, orphans = [], [], []
     for record in records:
@@ -72,6 +76,8 @@ def list_table(folder: Path, task: Task, path: Path) -> Listing:
         name = record.cells["subject"]
         try:
             row = _table_row(folder, task, columns, record, where)
+        except (OSError, RuntimeError):
+            findings.append(_unusable(name, where))
         except CaseError as error:
             findings.append(error.of(name))
             if error.code == "image-missing" and (label := _by_name(folder, LABEL_FOLDERS, name)):
@@ -147,6 +153,12 @@ def _images_of(folder: Path, name: str, task: Task, where: str = "") -> tuple[Pa
     several = [
         _by_name(folder, IMAGE_FOLDERS, f"{name}_{i:04d}") for i in range(len(task.channels))
     ]
+    if any(several) and _by_name(folder, IMAGE_FOLDERS, f"{name}_{len(several):04d}"):
+        raise CaseError(
+            "channel-count",
+            f"the study has {len(several)} channel(s), the case has more files",
+            "list the channel to use in a column image, or check with the right plan",
+        )
     if all(several):
         return tuple(path for path in several if path is not None)
     if any(several):
@@ -182,6 +194,17 @@ def _subject(stem: str, channels: int, stems: Mapping[str, Path]) -> str:
     """The subject of an image file: its name without the channel number, if it has one."""
     numbered = len(stem) > 5 and stem[-5] == "_" and stem[-4:].isdigit()
     return stem[:-5] if numbered and (channels > 1 or f"{stem[:-5]}_0000" in stems) else stem
+
+
+def _unusable(name: str, where: str) -> Finding:
+    """A path that the file system refuses: too long, a loop of links, no permission."""
+    return Finding(
+        name,
+        "error",
+        "path-unusable",
+        f"{where}: its files cannot be looked up (name too long, a loop of links, no permission?)",
+        "rename the files, or let fedseg read them",
+    )
 
 
 def _strays(folder: Path, named: set[str]) -> list[Finding]:

@@ -91,7 +91,13 @@ def survey(
     folder = Path(folder)
     if partition is not None:
         parse_partition(partition)
-    listing = layouts.list_folder(folder, task, table)
+    try:
+        listing = layouts.list_folder(folder, task, table)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"the data folder cannot be listed ({type(error).__name__}): let fedseg read it, and "
+            "see that no link in it leads in a circle"
+        ) from None
     rows, findings = _consistent(listing, sited=partition is None)
     patients = {row.name: row.patient or row.name for row in rows}
     site_of = {patients[row.name]: row.site or "" for row in rows}

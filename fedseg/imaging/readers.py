@@ -7,7 +7,6 @@ refused, not repaired: no NaN is imputed, no label is resampled.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,7 +135,7 @@ def load_nifti(path: Path, what: str) -> tuple[NDArray[Any], Affine]:
     image = open_nifti(path, what)
     try:
         array = np.asanyarray(image.dataobj)
-    except (EOFError, zlib.error, OSError, ValueError) as error:
+    except Exception as error:  # gzip, zlib, numpy and nibabel each have their own
         raise CaseError(
             "file-truncated",
             f"the {what} file is damaged or cut short ({type(error).__name__})",
@@ -214,7 +213,7 @@ def _channel(path: Path, channel: Channel, task: Task) -> tuple[NDArray[np.float
         dicom.check_modality(series, channel.modality, what)
         return series.array, series.affine_ras
     array, affine = load_nifti(path, what)
-    return _three_axes(array, task, what).astype(np.float32), affine
+    return _single(_three_axes(array, task, what)), affine
 
 
 def _stacked_channels(path: Path, task: Task) -> tuple[NDArray[np.float32], Affine]:
@@ -233,7 +232,13 @@ def _stacked_channels(path: Path, task: Task) -> tuple[NDArray[np.float32], Affi
             f"expected {count} channels, came one image of shape {array.shape}",
             "give one file a channel, or one 4-D file with all of them",
         )
-    return np.ascontiguousarray(np.moveaxis(array, 3, 0), dtype=np.float32), affine
+    return np.ascontiguousarray(np.moveaxis(_single(array), 3, 0)), affine
+
+
+def _single(array: NDArray[Any]) -> NDArray[np.float32]:
+    """The array as float32; what does not fit becomes infinite and is refused as such."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return array.astype(np.float32)
 
 
 def _three_axes(array: NDArray[Any], task: Task, what: str) -> NDArray[Any]:

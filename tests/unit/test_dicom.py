@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,12 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import (
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    ExplicitVRLittleEndian,
+    generate_uid,
+)
 
 from fedseg.errors import DataError
 from fedseg.imaging.cases import Case
@@ -139,6 +145,44 @@ def test_a_gap_a_doubled_slice_and_two_series_are_named(tmp_path: Path, voxels: 
     shutil.copy(next((tmp_path / "t").iterdir()), tmp_path / "s" / "z.dcm")
     with pytest.raises(DataError, match="mixes 2 series"):
         read_series(tmp_path / "s")
+
+
+def test_an_enhanced_multiframe_file_reads_like_its_slices(
+    tmp_path: Path, voxels: np.ndarray
+) -> None:
+    frames = write_series(tmp_path / "s", voxels)
+    one = copy.deepcopy(frames[0])
+    one.file_meta.MediaStorageSOPClassUID = one.SOPClassUID = EnhancedCTImageStorage
+    one.NumberOfFrames, one.PixelData = 4, b"".join(f.PixelData for f in reversed(frames))
+    shared, groups = pydicom.Dataset(), []
+    for name in ("PixelSpacing", "SliceThickness", "ImageOrientationPatient"):
+        delattr(one, name)
+    shared.PixelMeasuresSequence = [items(PixelSpacing=[1.5, 0.5], SliceThickness=2.5)]
+    shared.PlaneOrientationSequence = [
+        items(ImageOrientationPatient=frames[0].ImageOrientationPatient)
+    ]
+    shared.PixelValueTransformationSequence = [
+        items(RescaleSlope=2, RescaleIntercept=-1000, RescaleType="HU")
+    ]
+    for frame in reversed(frames):
+        place = items(ImagePositionPatient=frame.ImagePositionPatient)
+        groups.append(items(PlanePositionSequence=[place]))
+    one.SharedFunctionalGroupsSequence, one.PerFrameFunctionalGroupsSequence = [shared], groups
+    for name in ("ImagePositionPatient", "RescaleSlope", "RescaleIntercept"):
+        delattr(one, name)
+    one.ImageType = ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"]
+    (tmp_path / "m").mkdir()
+    one.save_as(tmp_path / "m" / "all.dcm", enforce_file_format=True)
+    apart, together = read_series(tmp_path / "s"), read_series(tmp_path / "m")
+    assert np.allclose(apart.affine_ras, together.affine_ras)
+    assert np.array_equal(apart.array, together.array)
+
+
+def items(**values: object) -> pydicom.Dataset:
+    dataset = pydicom.Dataset()
+    for name, value in values.items():
+        setattr(dataset, name, value)
+    return dataset
 
 
 def test_other_files_are_passed_over_and_broken_dicom_is_named(

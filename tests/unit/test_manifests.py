@@ -80,6 +80,20 @@ def test_a_table_that_cannot_be_read_is_refused_with_the_remedy(
         read_manifest(tmp_path, task())
 
 
+@settings(max_examples=150, deadline=None)
+@given(content=st.binary(max_size=200) | st.text('subject,ite\n"; x\t../', max_size=80))
+def test_no_table_crashes_the_survey(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes | str
+) -> None:
+    root = tmp_path_factory.mktemp("fuzz")
+    data = content if isinstance(content, bytes) else f"subject,split\n{content}".encode()
+    (root / "sites.csv").write_bytes(data)
+    try:
+        survey(root, task())
+    except DataError as error:
+        assert "sites.csv" in str(error)
+
+
 def test_a_missing_table_or_folder_is_refused(tmp_path: Path) -> None:
     folder_of(tmp_path, "a", table=HEADER + "a,x,train,P1\n")
     with pytest.raises(DataError, match=r"cannot read the table other\.csv"):
@@ -110,6 +124,7 @@ def test_a_missing_table_or_folder_is_refused(tmp_path: Path) -> None:
         ("../b,x,train,P2\n", "../b", "path-outside", ["a"]),
         ("/etc/b,x,train,P2\n", "/etc/b", "path-outside", ["a"]),
         ("gone,x,train,P2\n", "gone", "image-missing", ["a"]),
+        (250 * "b" + ",x,train,P2\n", 250 * "b", "path-unusable", ["a"]),
     ],
 )
 def test_a_bad_row_is_named_and_the_others_go_on(
@@ -214,6 +229,23 @@ def test_nnunet_channels_follow_the_order_of_the_plan(tmp_path: Path) -> None:
     assert {(f.case, f.code) for f in manifest.findings} >= {("b", "image-missing")}
     with pytest.raises(DataError, match=r"2 channel\(s\).*the plan 1"):
         read_manifest(tmp_path, task())
+
+
+def test_channels_by_file_name_or_by_column_must_be_as_many_as_the_plan_has(tmp_path: Path) -> None:
+    for name in ("a_0000", "a_0001", "b_0000"):
+        save(tmp_path / "images" / f"{name}.nii.gz", image())
+    for name in "ab":
+        save(tmp_path / "labels" / f"{name}.nii.gz", label())
+    (tmp_path / "sites.csv").write_text(HEADER + "a,x,train,P1\nb,x,train,P2\n")
+    assert codes(tmp_path) == {("a", "channel-count")} and names(tmp_path) == ["b"]
+    two = survey(tmp_path, task(channels=2))
+    assert [len(case.images) for case in two.cases] == [2]
+    assert [(f.case, f.code) for f in two.findings] == [("b", "image-missing")]
+    (tmp_path / "sites.csv").write_text(
+        "subject,image,label\na,images/a_0001.nii.gz | images/a_0000.nii.gz,labels/a.nii.gz\n"
+    )
+    (case,) = read_manifest(tmp_path, task(channels=2)).cases
+    assert [path.name for path in case.images] == ["a_0001.nii.gz", "a_0000.nii.gz"]
 
 
 def test_a_partition_is_by_patient_and_repeats(tmp_path: Path) -> None:

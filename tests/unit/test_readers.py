@@ -112,6 +112,23 @@ def test_files_that_are_no_nifti_are_named(tmp_path: Path) -> None:
     assert fault(case(tmp_path, tmp_path / "gone.nii")).code == "file-missing"
 
 
+@settings(max_examples=120, deadline=None)
+@given(data=st.data())
+def test_a_damaged_file_is_read_or_named_never_a_crash(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("fuzz")
+    whole = bytearray(save(folder / "w.nii", image()).read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        whole[data.draw(st.integers(0, 351))] = data.draw(st.integers(0, 255))
+    (folder / "i.nii").write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
+    try:
+        found, _ = read_image((folder / "i.nii",), task())
+    except DataError:
+        return
+    assert found.ndim == 4 and np.isfinite(found).all()
+
+
 def test_grids_that_disagree_are_named(tmp_path: Path) -> None:
     flipped = np.diag([-1.0, 1.0, 1.0, 1.0])
     one = save(tmp_path / "i.nii", image())
