@@ -207,3 +207,21 @@ def test_guessing_says_where_values_have_holes(real_data: Path) -> None:
 def test_the_real_hippocampus_cohort_is_well(real_data: Path) -> None:
     inspection = check(real_data / "hippocampus")
     assert inspection.ok and (inspection.cases, inspection.patients) == (200, 131)
+
+
+def test_a_table_of_dicom_series_with_segment_numbers(real_data: Path, tmp_path: Path) -> None:
+    shutil.copytree(real_data / "dicom" / "ct_with_seg", tmp_path, dirs_exist_ok=True)
+    shutil.copytree(real_data / "dicom" / "ct_jpeg2000", tmp_path / "j2k")
+    (tmp_path / "sites.csv").write_text(
+        "subject,site,split,patient,image,label\n"
+        "one,x,train,P1,CT,SEG/partial_overlaps.dcm\n"
+        "two,x,val,P2,j2k/CT,j2k/example_seg_dicom.nii.gz\n"
+    )
+    rest = "".join(f"{n}: background\n" for n in range(2, 118))
+    (tmp_path / "labels.yaml").write_text("1: organ\n" + rest)
+    guess = guess_task(tmp_path)
+    assert guess.task.labels == {"organ": 1} and guess.task.channels[0].modality == "CT"
+    inspection = check(tmp_path, guess.task)
+    assert inspection.ok
+    shapes = {row.case: (row.shape, row.spacing_mm[2]) for row in inspection.table}
+    assert shapes == {"one": ((512, 512, 3), 1.0), "two": ((512, 512, 20), 2.0)}
