@@ -25,7 +25,7 @@ def digest_of(arrays: Arrays) -> str:
     """SHA-256 over the schema and the bytes of every array (C order, little-endian), by name."""
     hasher = hashlib.sha256()
     for spec in schema_of(arrays):
-        array = np.ascontiguousarray(arrays[spec.name])
+        array = np.asarray(arrays[spec.name], order="C")
         hasher.update(spec.model_dump_json().encode() + b"\n")
         hasher.update(array.astype(array.dtype.newbyteorder("<"), copy=False).data)
     return hasher.hexdigest()

@@ -33,7 +33,7 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "I64": "int64",
 
 def pack(header: BaseModel, arrays: Arrays | None = None) -> bytes:
     """Write a header and named arrays; equal inputs give equal bytes."""
-    dense = {name: np.ascontiguousarray(array) for name, array in sorted((arrays or {}).items())}
+    dense = {name: np.asarray(array, order="C") for name, array in sorted((arrays or {}).items())}
     return save_safetensors(dense, metadata={_KEY: header.model_dump_json()})
 
 

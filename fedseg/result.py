@@ -8,7 +8,7 @@ docs/result.schema.json.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -16,7 +16,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from fedseg.errors import DataError
-from fedseg.plan import Frozen, StudyPlan
+from fedseg.plan import Frozen, Metric, StudyPlan
 
 Scores = dict[str, float | None]
 ArmName = Literal["federated", "pooled", "local"]
@@ -46,6 +46,20 @@ class PatientScores(Frozen):
     def mean_dice(self) -> float | None:
         """Mean over the foreground labels: the patient's Dice in every table of fedseg."""
         return mean_of(self.dice)
+
+
+def mean_scores(patients: Sequence[PatientScores], metrics: Sequence[Metric]) -> dict[str, Scores]:
+    """Metric -> label -> mean over the patients in which it is defined; None where in none."""
+    fields = {"dice": "dice", "hd95": "hd95_mm", "nsd": "nsd"}
+    found: dict[str, Scores] = {}
+    for metric in metrics:
+        per_patient = [getattr(patient, fields[metric]) for patient in patients]
+        labels = sorted({label for scores in per_patient for label in scores})
+        found[metric] = {
+            label: mean_of({str(i): scores.get(label) for i, scores in enumerate(per_patient)})
+            for label in labels
+        }
+    return found
 
 
 class SiteAnswer(Frozen):

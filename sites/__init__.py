@@ -1,1 +1,1 @@
-"""What a hospital runs. It sees patients; what leaves it goes through the trainer's answers alone."""
+"""What a hospital runs. It sees patients; only its trainer's answers leave."""

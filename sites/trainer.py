@@ -13,16 +13,18 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
-from fedseg.evaluation.evaluate import evaluate_cohort, site_means
 
 from fedseg.arrays import Arrays
 from fedseg.errors import DataError, FedsegError, PlanError, RoundError, TrustError
+from fedseg.evaluation.evaluate import evaluate_cohort
 from fedseg.imaging.cache import CaseCache
 from fedseg.imaging.cases import Cohort
 from fedseg.learning.local import train_round
 from fedseg.models.zoo import build_network, load_tensors, state_tensors
 from fedseg.plan import StudyPlan
+from fedseg.result import mean_scores
 from fedseg.updates import (
     AnswerHeader,
     Body,
@@ -123,7 +125,7 @@ class Trainer:
         )
         spent = time.thread_time() - started
         trained = state_tensors(self._network)
-        delta = {name: trained[name] - model[name] for name in model}
+        delta = {name: np.subtract(trained[name], model[name]) for name in model}
         self._states.store(header.round, outcome.optimiser_state)
         self._journal.write(
             "trained", round=header.round, steps=outcome.steps, cpu_s=round(spent, 4)
@@ -138,7 +140,7 @@ class Trainer:
         metrics = self._plan.evaluation.metrics
         patients = evaluate_cohort(self._network, held_back, self._cache, self._plan, metrics)
         self._journal.write("evaluated", round=header.round, patients=len(patients))
-        return Evaluated(patients=len(patients), scores=site_means(patients, metrics))
+        return Evaluated(patients=len(patients), scores=mean_scores(patients, metrics))
 
 
 def _code_of(error: Exception) -> RefusalCode:

@@ -1,0 +1,1 @@
+"""Masks of images, metrics in mm, intervals over patients."""

@@ -1,0 +1,1 @@
+"""From scans on disk to prepared cases: manifests, readers, checks, phantoms."""

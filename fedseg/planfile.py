@@ -1,0 +1,86 @@
+"""Plan files on disk: a commented example, and the initial model that lies beside a plan."""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from numpy.typing import NDArray
+
+from fedseg.container import write_atomically
+from fedseg.errors import DataError, PlanError
+from fedseg.modelfile import load_model, save_model
+from fedseg.plan import InitialModel, StudyPlan, load_plan, parse_plan
+
+_BLOCK = re.compile(r"^(# Written by `fedseg plan build`.*\n)?initial:.*(\n[ \t].*|\n)*", re.M)
+_NOTE = "# Written by `fedseg plan build`: the model that the study starts from. Do not edit.\n"
+
+
+def example(name: str = "mr-3d") -> str:
+    """The text of a commented example plan; `mr-3d` or `ct-2d`."""
+    return (files("fedseg") / "plans" / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def initial_path(plan: Path) -> Path:
+    """Where the initial model of a plan file lies: study.yaml -> study.initial.safetensors."""
+    return plan.with_name(plan.stem + ".initial.safetensors")
+
+
+def build(path: Path) -> StudyPlan:
+    """Make the initial model of a plan and record its digest and tensors in the plan file.
+
+    The file keeps its comments; only its `initial` block is replaced.
+
+    Raises:
+        PlanError: the plan does not hold, or its network cannot be built.
+    """
+    from fedseg.models.zoo import initial_model
+
+    record, tensors = initial_model(load_plan(path))
+    text = _with_initial(path.read_text(encoding="utf-8"), record)
+    plan = parse_plan(text.encode(), source=path.name)
+    save_model(initial_path(path), plan, tensors, arm="initial", rounds=0)
+    write_atomically(path, text.encode())
+    return plan
+
+
+def load_initial(path: Path) -> dict[str, NDArray[Any]] | None:
+    """The initial model beside a plan file, or None where there is none.
+
+    Raises:
+        PlanError: the model there is not the one that the plan names.
+    """
+    plan = load_plan(path)
+    if plan.initial is None or not initial_path(path).exists():
+        return None
+    header, tensors = load_model(initial_path(path))
+    if header.model_digest != plan.initial.digest:
+        raise PlanError(
+            f"{initial_path(path).name} is not the model that the plan names: "
+            "run `fedseg plan build` again, or bring the right file"
+        )
+    return tensors
+
+
+def write_example(path: Path, text: str) -> None:
+    """Write a new plan file.
+
+    Raises:
+        DataError: a file is there already.
+    """
+    if path.exists():
+        raise DataError(f"{path.name} is there already: name another file")
+    write_atomically(path, text.encode())
+
+
+def _with_initial(text: str, record: InitialModel) -> str:
+    """The plan's text with its `initial` block replaced, or added at the end."""
+    lines = [_NOTE + "initial:", f"  digest: {record.digest}", "  tensors:"]
+    for spec in record.tensors:
+        flow = {"name": spec.name, "shape": list(spec.shape), "dtype": spec.dtype}
+        entry = yaml.safe_dump(flow, default_flow_style=True, sort_keys=False, width=10_000)
+        lines.append(f"    - {entry.strip()}")
+    return _BLOCK.sub("", text).rstrip("\n") + "\n\n" + "\n".join(lines) + "\n"

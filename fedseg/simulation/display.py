@@ -1,0 +1,126 @@
+"""A running study in a terminal: which round, which site, loss and Dice, and the time left."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from coordinator.events import SiteAnswered, SiteFailed, StageClosed, StageOpened
+from fedseg.aggregation.rounds import schedule
+from fedseg.plan import StudyPlan
+from fedseg.simulation.study import Progress as StudyProgress
+
+
+class Display:
+    """Shows a study's progress; one line a round where the output is no terminal."""
+
+    def __init__(self, plan: StudyPlan, console: Console) -> None:
+        self._plan, self._console = plan, console
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            TextColumn("round {task.fields[round]} of {task.fields[rounds]}"),
+            TextColumn("{task.fields[doing]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+        )
+        self._total = len(list(schedule(plan)))
+        self._tasks: dict[str, object] = {}
+        self._started: dict[str, float] = {}
+        self._sites: dict[str, dict[str, str]] = {}
+        self._live = Live(self._bar, console=console, refresh_per_second=4)
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def __call__(self, progress: StudyProgress) -> None:
+        """Show one event."""
+        event, arm = progress.event, progress.arm
+        if isinstance(event, str):
+            self._say(event)
+            return
+        if isinstance(event, StageOpened):
+            self._show(arm, round_=event.round, doing=event.stage)
+        elif isinstance(event, SiteAnswered):
+            shown = self._sites.setdefault(event.answer.site, {})
+            if event.answer.loss is not None:
+                shown["loss"] = f"{event.answer.loss:.3f}"
+            if event.answer.mean_dice is not None:
+                shown["dice"] = f"{event.answer.mean_dice:.3f}"
+            shown["state"] = f"answered {event.stage}"
+        elif isinstance(event, SiteFailed):
+            shown = self._sites.setdefault(event.failure.site, {})
+            shown["state"] = f"[red]{event.stage}: {event.failure.code}"
+        elif isinstance(event, StageClosed):
+            self._close(arm, event)
+        if arm == "federated":
+            self._live.update(Group(self._bar, self._table()))
+
+    def _show(self, arm: str, *, round_: int, doing: str, advance: int = 0, left: str = "") -> None:
+        """Move an arm's bar."""
+        if arm not in self._tasks:
+            self._started[arm] = time.monotonic()
+            self._tasks[arm] = self._bar.add_task(
+                arm,
+                total=self._total,
+                round=0,
+                rounds=self._plan.aggregation.rounds,
+                doing="",
+                left="",
+            )
+        task = self._tasks[arm]
+        fields = {"left": left} if left else {}
+        self._bar.update(task, advance=advance, round=round_, doing=doing, **fields)  # type: ignore[arg-type]
+
+    def _close(self, arm: str, event: StageClosed) -> None:
+        """Count a closed stage; without a terminal, a line for it."""
+        record = event.record
+        spent = time.monotonic() - self._started.get(arm, time.monotonic())
+        rounds = self._plan.aggregation.rounds
+        left = spent / record.round * (rounds - record.round) if record.round else 0.0
+        self._show(arm, round_=record.round, doing="", advance=1, left=f"about {left:.0f} s left")
+        if self._console.is_terminal or arm != "federated" or record.stage == "enlist":
+            return
+        dice = [a.mean_dice for a in record.answers if a.mean_dice is not None]
+        loss = [a.loss for a in record.answers if a.loss is not None]
+        parts = [f"round {record.round}/{rounds} {record.stage}"]
+        parts += [f"loss {sum(loss) / len(loss):.3f}"] if loss else []
+        parts += [f"Dice {sum(dice) / len(dice):.3f}, worst {min(dice):.3f}"] if dice else []
+        parts += [f"{f.site}: {f.code}" for f in record.failures]
+        self._console.print("  ".join([*parts, f"about {left:.0f} s left"]))
+
+    def _say(self, text: str) -> None:
+        """Tell what is done beside the rounds; each case of a check would be too much."""
+        if self._console.is_terminal:
+            self._bar.console.print(f"[dim]{text}") if not text.startswith("checking ") else None
+        elif not text.startswith("checking "):
+            self._console.print(text)
+
+    def _table(self) -> Table:
+        """Every site's latest numbers."""
+        table = Table(box=None, pad_edge=False)
+        for heading in ("site", "loss", "Dice", ""):
+            table.add_column(heading)
+        for site, shown in sorted(self._sites.items()):
+            if site == "pooled":
+                continue
+            table.add_row(site, shown.get("loss"), shown.get("dice"), shown.get("state"))
+        return table

@@ -1,0 +1,284 @@
+"""One federation on one machine: a trainer for every hospital, a coordinator for all.
+
+Flower carries the bytes between them, in this process or on Ray; the two apps are the ones that
+run for real, and so is everything that they call.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from flwr.app import Context, RecordDict
+from flwr.serverapp import Grid
+
+from coordinator.app import make_app as make_server_app
+from coordinator.events import Event, Observer, StageClosed, nobody
+from coordinator.rounds import Study
+from fedseg.aggregation.checkpoint import load_state, save_state
+from fedseg.aggregation.rounds import StudyState, first_state, fresh_attempts
+from fedseg.aggregation.server import Model
+from fedseg.errors import MissingExtraError, PlanError, RoundError
+from fedseg.imaging.cases import Cohort
+from fedseg.plan import StudyPlan
+from fedseg.simulation.inprocess import InProcessGrid
+from fedseg.simulation.rehearsal import Fault, Handle, with_faults
+from sites.app import make_app as make_client_app
+from sites.journal import Journal
+
+logger = logging.getLogger(__name__)
+
+Engine = Literal["inprocess", "ray"]
+CHECKPOINT = "checkpoint.safetensors"
+_PARTITION = "partition-id"
+_QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+}
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Everything that one simulated study needs.
+
+    Attributes:
+        plan: built.
+        initial: the tensors whose digest the plan holds.
+        cohorts: one a site.
+        left_out: unusable cases by site, already removed from the cohorts.
+        folder: the study's own place; the coordinator's checkpoint and each site's state.
+        cache: prepared cases, shared by all sites of a simulation.
+        device: of torch, for every trainer.
+        faults: rehearsed ones.
+    """
+
+    plan: StudyPlan
+    initial: Model
+    cohorts: tuple[Cohort, ...]
+    folder: Path
+    cache: Path
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    device: str = "cpu"
+    faults: tuple[Fault, ...] = ()
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the coordinator's state lies."""
+        return self.folder / CHECKPOINT
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A study that ran to its end. `stage_s` and `cpu_s` are of all its runs together."""
+
+    state: StudyState
+    stage_s: tuple[float, ...]
+    cpu_s: float
+
+
+def run_federation(
+    federation: Federation,
+    *,
+    engine: Engine = "inprocess",
+    resume: bool = False,
+    observe: Observer = nobody,
+    arrange: Callable[[list[int]], list[int]] = sorted,
+) -> Finished:
+    """Run a study to its end, or go on with one that was stopped.
+
+    Args:
+        resume: continue from the checkpoint where there is one; without it there must be none.
+        observe: is told of every event.
+        arrange: the order in which the in-process engine serves nodes; it changes no result.
+
+    Raises:
+        PlanError: the plan asks for more sites than there are.
+        RoundError: too few sites answered as often as the plan allows; a checkpoint that is not
+            to be overwritten.
+    """
+    plan = federation.plan
+    needed = plan.aggregation.minimum_sites
+    if len(federation.cohorts) < needed:
+        raise PlanError(
+            f"aggregation.minimum_sites is {needed}, but the data have {len(federation.cohorts)} "
+            "sites: lower it, or divide the data with --partition iid --sites N"
+        )
+    state = _starting_state(federation, resume)
+    seconds = Journal(federation.folder / "stages.jsonl")
+    store = _CheckpointStore(federation.checkpoint, plan)
+
+    def timed(event: Event) -> None:
+        if isinstance(event, StageClosed):
+            seconds.write("stage", wall_s=round(event.wall_s, 3))
+        observe(event)
+
+    if state.position is not None:
+
+        def run(grid: Grid) -> None:
+            nodes = len(federation.cohorts)
+            Study(grid, plan, store, nodes=nodes, observe=timed).run(state)
+
+        with _quiet():
+            if engine == "ray":
+                _run_on_ray(federation, run)
+            else:
+                run(_inprocess_grid(federation, arrange))
+    return Finished(
+        state=load_state(federation.checkpoint, plan),
+        stage_s=tuple(entry["wall_s"] for entry in seconds.read("stage")),
+        cpu_s=sum(_compute_of(federation, cohort.site) for cohort in federation.cohorts),
+    )
+
+
+class SimulatedSites:
+    """Finds the trainer of a Flower node; it travels to Ray's workers, trainers are made there."""
+
+    def __init__(self, federation: Federation) -> None:
+        self._federation = federation
+
+    def __call__(self, context: Context) -> Handle:
+        """The `handle` of the site with this node's partition number."""
+        cohort = self._federation.cohorts[int(context.node_config[_PARTITION])]
+        key = (str(self._federation.folder), cohort.site)
+        if key not in _TRAINERS:
+            _TRAINERS[key] = _make_handle(self._federation, cohort)
+        return _TRAINERS[key]
+
+
+_TRAINERS: dict[tuple[str, str], Handle] = {}
+
+
+def _make_handle(federation: Federation, cohort: Cohort) -> Handle:
+    """A trainer's `handle`, with the faults that are rehearsed at this site."""
+    import torch
+
+    from fedseg.imaging.cache import CaseCache
+    from sites.trainer import Trainer
+
+    torch.set_num_threads(federation.plan.training.threads)
+    trainer = Trainer(
+        federation.plan,
+        cohort,
+        CaseCache(federation.cache, federation.plan.task),
+        site_folder(federation.folder, cohort.site),
+        left_out=federation.left_out.get(cohort.site, 0),
+        device=federation.device,
+    )
+    own = [fault for fault in federation.faults if fault.site == cohort.site]
+    return with_faults(trainer.handle, own) if own else trainer.handle
+
+
+def site_folder(folder: Path, site: str) -> Path:
+    """One site's own place in a simulated study."""
+    return folder / "sites" / site
+
+
+class _CheckpointStore:
+    """The coordinator's store: one file, replaced atomically."""
+
+    def __init__(self, path: Path, plan: StudyPlan) -> None:
+        self._path, self._plan = path, plan
+
+    def save(self, state: StudyState) -> None:
+        """Keep a state in place of the one before."""
+        save_state(self._path, self._plan, state)
+
+
+def _starting_state(federation: Federation, resume: bool) -> StudyState:
+    """The stored state when a study is resumed, else the first one."""
+    if federation.checkpoint.exists():
+        if not resume:
+            raise RoundError(
+                f"{federation.folder.name} holds a study already: go on with --resume, or give "
+                "another --out"
+            )
+        return fresh_attempts(load_state(federation.checkpoint, federation.plan))
+    return first_state(federation.plan, federation.initial)
+
+
+def _inprocess_grid(
+    federation: Federation, arrange: Callable[[list[int]], list[int]]
+) -> InProcessGrid:
+    """Our Grid, with a node a site."""
+    for cohort in federation.cohorts:
+        _TRAINERS.pop((str(federation.folder), cohort.site), None)
+    share = federation.plan.aggregation.round_timeout_s / (len(federation.cohorts) + 1)
+    contexts = {
+        1000 + i: Context(
+            run_id=1,
+            node_id=1000 + i,
+            node_config={_PARTITION: i},
+            state=RecordDict(),
+            run_config={},
+        )
+        for i in range(len(federation.cohorts))
+    }
+    app = make_client_app(SimulatedSites(federation))
+    return InProcessGrid(app, contexts, patience_s=share, arrange=arrange)
+
+
+def _run_on_ray(federation: Federation, run: Callable[[Grid], None]) -> None:
+    """Flower's simulation engine: each core's worker serves one node at a time."""
+    try:
+        import ray
+        from flwr.simulation import run_simulation
+    except ImportError:
+        raise MissingExtraError("simulation", "ray") from None
+    failure: list[BaseException] = []
+
+    def guarded(grid: Grid) -> None:
+        try:
+            run(grid)
+        except BaseException as error:
+            failure.append(error)
+
+    resources: dict[str, Any] = {"num_cpus": federation.plan.training.threads, "num_gpus": 0.0}
+    if federation.device != "cpu":
+        resources["num_gpus"] = 1.0 / len(federation.cohorts)
+    try:
+        run_simulation(
+            server_app=make_server_app(guarded),
+            client_app=make_client_app(SimulatedSites(federation)),
+            num_supernodes=len(federation.cohorts),
+            backend_config={
+                "init_args": {
+                    "include_dashboard": False,
+                    "_node_ip_address": "127.0.0.1",
+                    "log_to_driver": False,
+                    "logging_level": logging.ERROR,
+                },
+                "client_resources": resources,
+            },
+        )
+    finally:
+        ray.shutdown()
+    if failure:
+        raise failure[0]
+
+
+@contextmanager
+def _quiet() -> Any:
+    """No telemetry and no update checks, for us and for every process that we start."""
+    before = {name: os.environ.get(name) for name in _QUIET}
+    os.environ.update(_QUIET)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _compute_of(federation: Federation, site: str) -> float:
+    """CPU seconds of training at one site, from its journal."""
+    journal = Journal(site_folder(federation.folder, site) / "journal.jsonl")
+    return sum(float(entry["cpu_s"]) for entry in journal.read("trained"))

@@ -1,0 +1,46 @@
+"""The pictures of a simulated study: best, median and worst patient of every hospital."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from fedseg.evaluation.inference import predict_mask
+from fedseg.imaging.cache import CaseCache
+from fedseg.imaging.cases import Cohort, Split
+from fedseg.reports.figures import Overlay, choose_patients
+from fedseg.result import StudyResult
+
+
+def overlays_of(
+    result: StudyResult,
+    network: nn.Module,
+    cohorts: Sequence[Cohort],
+    cache: CaseCache,
+    split: Split,
+) -> list[Overlay]:
+    """Image, truth and prediction of the patients to show; a patient's first case by name."""
+    federated = result.arm("federated")
+    assert federated is not None
+    found = []
+    for cohort in cohorts:
+        scores = federated.of_site(cohort.site)
+        cases = dict(cohort.split(split).by_patient())
+        for rank, patient in choose_patients(scores).items():
+            case = cache.load(cases[patient][0], cohort.label_map)
+            mask = predict_mask(network, case, result.plan.task, result.plan.evaluation.overlap)
+            assert case.label is not None
+            found.append(
+                Overlay(
+                    site=cohort.site,
+                    patient=patient,
+                    rank=rank,
+                    dice=next(s.mean_dice for s in scores if s.patient == patient),
+                    image=case.image[0],
+                    truth=case.label,
+                    prediction=mask,
+                    spacing_mm=case.spacing_mm,
+                )
+            )
+    return found

@@ -1,0 +1,363 @@
+"""A whole study: check the data, run the federation and its baselines, measure, write it down.
+
+Baselines are federations of one site: `pooled` has the patients of all hospitals and takes as many
+gradient steps as all of them together, `local` is each hospital alone with its own share of steps.
+Every arm starts from the same initial model and is measured on the same held-back patients.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
+
+from coordinator.events import Event
+from fedseg.aggregation.rounds import StudyState
+from fedseg.arrays import Arrays, digest_of
+from fedseg.container import write_atomically
+from fedseg.errors import DataError, PlanError
+from fedseg.evaluation.evaluate import evaluate_cohort
+from fedseg.imaging.cache import CaseCache
+from fedseg.imaging.cases import Cohort, Manifest, Split
+from fedseg.imaging.manifests import read_manifest
+from fedseg.imaging.quality import inspect, usable
+from fedseg.modelfile import save_model
+from fedseg.models.zoo import build_network, initial_model, load_tensors
+from fedseg.plan import StudyPlan
+from fedseg.result import Arm, ArmName, PatientScores, Run, SiteSummary, StudyResult
+from fedseg.simulation.federation import Engine, Federation, Finished, run_federation
+from fedseg.simulation.overlays import overlays_of
+from fedseg.simulation.rehearsal import Fault
+from fedseg.updates import SiteName
+
+Baseline = Literal["pooled", "local"]
+_VERSIONS = ("fedseg", "flwr", "torch", "monai", "numpy")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a study is simulated; none of it changes what the plan asks for.
+
+    Attributes:
+        engine: `inprocess`, or `ray` for several workers at once.
+        resume: go on with what lies in the output folder.
+        baselines: which arms to train beside the federation.
+        faults: hospitals that fail on purpose.
+        table: which CSV of the data folder to read.
+        partition: divide data that name no sites: `iid` or `dirichlet:ALPHA`.
+        sites: how many sites to divide them into.
+        device: of torch.
+        initial: start from this model instead of the plan's seed (its digest is the plan's).
+    """
+
+    engine: Engine = "inprocess"
+    resume: bool = False
+    baselines: tuple[Baseline, ...] = ()
+    faults: tuple[Fault, ...] = ()
+    table: str | None = None
+    partition: str | None = None
+    sites: int = 5
+    device: str = "cpu"
+    initial: Mapping[str, NDArray[Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """An event of one arm; `arm` is federated, pooled or local:SITE."""
+
+    arm: str
+    event: Event | str
+
+
+Watcher = Callable[[Progress], None]
+
+
+def simulate(
+    plan: StudyPlan,
+    data: Path | str,
+    out: Path | str,
+    options: Options | None = None,
+    watch: Watcher = lambda _progress: None,
+) -> StudyResult:
+    """Simulate a study and write model, result, curves and report into a folder.
+
+    Args:
+        plan: built or not; without an initial model it is built from its seed.
+        data: a data folder as `fedseg-site check` reads it.
+        out: made where it does not exist; holds everything, prepared cases (patient data) too.
+        watch: is told of every event, for a progress display.
+
+    Returns:
+        What OUT/result.json holds.
+
+    Raises:
+        PlanError: the plan does not fit the data or the network.
+        DataError: the data cannot be used, or OUT has a finished or begun study.
+        RoundError: too few sites answered; go on with `resume`.
+    """
+    options, out = options or Options(), Path(out)
+    started, clock = datetime.now(UTC), time.monotonic()
+    plan, initial = _built(plan, options.initial)
+    _refuse_occupied(out, plan, resume=options.resume)
+    watch(Progress("federated", "checking the data"))
+    manifest = read_manifest(
+        Path(data),
+        plan.task,
+        table=options.table,
+        partition=options.partition,
+        sites=options.sites,
+        seed=plan.training.seed,
+    )
+    cohorts, left_out = _usable_cohorts(
+        manifest, plan, lambda case: watch(Progress("federated", f"checking {case}"))
+    )
+    write_atomically(out / "plan.json", plan.canonical_bytes)
+    whole = Federation(
+        plan=plan,
+        initial=initial,
+        cohorts=cohorts,
+        left_out=left_out,
+        folder=out / "federated",
+        cache=out / "cache",
+        device=options.device,
+        faults=options.faults,
+    )
+    trained = {"federated": _run(whole, "federated", options, watch)}
+    for name, alone in _baselines(whole, out, options.baselines):
+        trained[name] = _run(alone, name, options, watch)
+    watch(Progress("federated", "measuring"))
+    split = _split_to_measure(cohorts)
+    scorer = _Scorer(whole, split)
+    names: tuple[ArmName, ...] = ("federated", *options.baselines)
+    arms = tuple(_arm(name, trained, scorer) for name in names)
+    final = _released(trained["federated"].state, plan)
+    result = StudyResult(
+        plan=plan,
+        plan_digest=plan.digest,
+        model_digest=digest_of(final),
+        split=split,
+        rehearsed_faults=tuple(str(fault) for fault in options.faults),
+        sites=tuple(_summary(cohort, left_out.get(cohort.site, 0)) for cohort in cohorts),
+        stages=trained["federated"].state.history,
+        arms=arms,
+        run=Run(
+            engine=options.engine,
+            started=started.isoformat(timespec="seconds"),
+            versions={name: version(name) for name in _VERSIONS}
+            | {"python": platform.python_version()},
+            cores=os.cpu_count() or 1,
+            wall_s=round(time.monotonic() - clock, 2),
+            compute_s=_compute(trained),
+            stage_s=trained["federated"].stage_s,
+        ),
+    )
+    watch(Progress("federated", "writing the report"))
+    _write(result, trained, whole, scorer, out)
+    return result
+
+
+def _built(
+    plan: StudyPlan, given: Mapping[str, NDArray[Any]] | None
+) -> tuple[StudyPlan, dict[str, NDArray[Any]]]:
+    """The plan with its initial model, from a file or from its seed."""
+    if given is not None:
+        if plan.built.digest != digest_of(given):
+            raise PlanError(
+                "the initial model is not the one that the plan names: run `fedseg plan build`"
+            )
+        return plan, dict(given)
+    record, tensors = initial_model(plan)
+    if plan.initial is not None and plan.initial != record:
+        raise PlanError(
+            "the plan's seed gives another initial model here than the plan names: bring the file "
+            "that `fedseg plan build` wrote beside the plan (torch may differ in version)"
+        )
+    return plan.model_copy(update={"initial": record}), tensors
+
+
+def _refuse_occupied(out: Path, plan: StudyPlan, *, resume: bool) -> None:
+    """Refuse an output folder that holds another study, or this one unless it is resumed."""
+    note = out / "plan.json"
+    if not note.exists():
+        if out.exists() and any(path.suffix != ".part" for path in out.iterdir()):
+            raise DataError(f"{out.name} is not empty and holds no study: give another --out")
+        return
+    if note.read_bytes() != plan.canonical_bytes:
+        raise DataError(f"{out.name} holds a study of another plan: give another --out")
+    if not resume:
+        raise DataError(
+            f"{out.name} holds this study already: go on with --resume, or give another --out"
+        )
+
+
+def _usable_cohorts(
+    manifest: Manifest, plan: StudyPlan, progress: Callable[[str], None]
+) -> tuple[tuple[Cohort, ...], dict[str, int]]:
+    """The sites' cohorts less the cases that cannot be used, and how many those are."""
+    broken = usable(inspect(manifest, plan.task, progress))
+    cohorts, left_out = [], {}
+    for site in manifest.sites:
+        _check_site_name(site)
+        whole = manifest.cohort(site)
+        cohort = whole.without(broken)
+        left_out[site] = len(whole.cases) - len(cohort.cases)
+        cohorts.append(cohort)
+    return tuple(cohorts), left_out
+
+
+def _check_site_name(site: str) -> None:
+    """Sites become folder names and words in messages."""
+    try:
+        TypeAdapter(SiteName).validate_python(site)
+    except ValidationError:
+        raise DataError(
+            f"a site may be named in letters, digits, '.', '_' and '-', not {site!r}: "
+            "rename it in the manifest"
+        ) from None
+
+
+def _baselines(
+    whole: Federation, out: Path, wanted: Sequence[Baseline]
+) -> Iterable[tuple[str, Federation]]:
+    """Each baseline as a federation of one site."""
+    plan = whole.plan
+    alone = plan.aggregation.model_copy(
+        update={
+            "strategy": "fedavg",
+            "proximal_mu": 0.0,
+            "minimum_sites": 1,
+            "server_learning_rate": 1.0,
+            "server_momentum": 0.0,
+        }
+    )
+    rarely = plan.evaluation.model_copy(update={"every_rounds": plan.aggregation.rounds})
+
+    def study(cohort: Cohort, folder: str, steps: int) -> Federation:
+        training = plan.training.model_copy(update={"steps_per_round": steps})
+        changed = {"aggregation": alone, "training": training, "evaluation": rarely}
+        return replace(
+            whole,
+            plan=plan.model_copy(update=changed),
+            cohorts=(cohort,),
+            folder=out / folder,
+            faults=(),
+        )
+
+    steps = plan.training.steps_per_round
+    if "pooled" in wanted:
+        cases = tuple(case for cohort in whole.cohorts for case in cohort.cases)
+        pooled = Cohort("pooled", cases, whole.cohorts[0].label_map)
+        yield "pooled", study(pooled, "pooled", steps * len(whole.cohorts))
+    if "local" in wanted:
+        for cohort in whole.cohorts:
+            yield f"local:{cohort.site}", study(cohort, f"local/{cohort.site}", steps)
+
+
+def _run(federation: Federation, arm: str, options: Options, watch: Watcher) -> Finished:
+    """Run one arm; baselines always in this process."""
+    engine = options.engine if arm == "federated" else "inprocess"
+    return run_federation(
+        federation,
+        engine=engine,
+        resume=options.resume,
+        observe=lambda event: watch(Progress(arm, event)),
+    )
+
+
+def _released(state: StudyState, plan: StudyPlan) -> dict[str, NDArray[Any]]:
+    """The model that a finished study releases."""
+    return state.server.released(plan.aggregation)
+
+
+def _split_to_measure(cohorts: Sequence[Cohort]) -> Split:
+    """`test` where every hospital has test patients, else `val`."""
+    return "test" if all(cohort.split("test").cases for cohort in cohorts) else "val"
+
+
+class _Scorer:
+    """Measures models on the hospitals' held-back patients, in each image's own geometry."""
+
+    def __init__(self, federation: Federation, split: Split) -> None:
+        self.federation, self.split = federation, split
+        self.cache = CaseCache(federation.cache, federation.plan.task)
+        self.network = build_network(federation.plan.model, federation.plan.task)
+        self.network.to(federation.device)
+
+    def __call__(self, model: Arrays, site: str) -> list[PatientScores]:
+        """Per-patient metrics of one model at one hospital."""
+        plan = self.federation.plan
+        load_tensors(self.network, model)
+        cohort = next(c for c in self.federation.cohorts if c.site == site)
+        held_back = cohort.split(self.split)
+        return evaluate_cohort(
+            self.network, held_back, self.cache, plan, plan.evaluation.metrics, native=True
+        )
+
+
+def _arm(name: ArmName, trained: Mapping[str, Finished], scorer: _Scorer) -> Arm:
+    """Measure one arm at every hospital."""
+    plan = scorer.federation.plan
+    scores: list[PatientScores] = []
+    models: dict[str, str] = {}
+    steps = 0
+    for cohort in scorer.federation.cohorts:
+        finished = trained[f"local:{cohort.site}" if name == "local" else name]
+        model = _released(finished.state, plan)
+        models[cohort.site] = digest_of(model)
+        scores += scorer(model, cohort.site)
+    for key, finished in trained.items():
+        if key.split(":")[0] == name:
+            steps += sum(a.steps for stage in finished.state.history for a in stage.answers)
+    return Arm(name=name, models=models, gradient_steps=steps, patients=tuple(scores))
+
+
+def _summary(cohort: Cohort, left_out: int) -> SiteSummary:
+    """What one site brought."""
+    parts = {name: cohort.split(name) for name in ("train", "val", "test")}
+    return SiteSummary(
+        name=cohort.site,
+        patients={name: len(part.patients) for name, part in parts.items()},
+        cases={name: len(part.cases) for name, part in parts.items()},
+        left_out=left_out,
+    )
+
+
+def _compute(trained: Mapping[str, Finished]) -> dict[str, float]:
+    """CPU seconds of training by arm."""
+    seconds: dict[str, float] = {}
+    for key, finished in trained.items():
+        name = key.split(":")[0]
+        seconds[name] = round(seconds.get(name, 0.0) + finished.cpu_s, 2)
+    return seconds
+
+
+def _write(
+    result: StudyResult,
+    trained: Mapping[str, Finished],
+    whole: Federation,
+    scorer: _Scorer,
+    out: Path,
+) -> None:
+    """Models, result, curves and report."""
+    from fedseg.reports.curves import write_curves
+    from fedseg.reports.study import write_report
+
+    rounds = result.plan.aggregation.rounds
+    for key, finished in trained.items():
+        name = "model" if key == "federated" else "model-" + key.replace(":", "-")
+        model = _released(finished.state, result.plan)
+        save_model(out / f"{name}.safetensors", result.plan, model, arm=key, rounds=rounds)
+    load_tensors(scorer.network, _released(trained["federated"].state, result.plan))
+    overlays = overlays_of(result, scorer.network, whole.cohorts, scorer.cache, scorer.split)
+    write_curves(result, out)
+    write_report(result, overlays, out / "report.html")
+    write_atomically(out / "result.json", result.to_json().encode())
