@@ -33,7 +33,7 @@ SITE_COLOURS = (
     "#6b7280",
     "#7a3e9d",
 )
-SITE_DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+SITE_DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (9, 2)))
 INK, RULE = "#1f2933", "#d9dee4"
 
 
@@ -102,13 +102,14 @@ def curve_chart(curves: Sequence[Curve], ylabel: str) -> bytes:
         axes.grid(color=RULE, linewidth=0.6)
         axes.tick_params(length=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(
-            loc="upper left",
-            bbox_to_anchor=(-0.02, -0.16),
-            ncols=2,
-            handlelength=2.4,
-            labelspacing=0.3,
-        )
+        if curves:
+            axes.legend(
+                loc="upper left",
+                bbox_to_anchor=(-0.02, -0.16),
+                ncols=2,
+                handlelength=2.4,
+                labelspacing=0.3,
+            )
         return _svg(figure)
 
 

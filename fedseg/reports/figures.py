@@ -206,7 +206,7 @@ def _draw_edges(axes: Axes, plane: Plane) -> None:
         (0.5, 0.015, plane.bottom, "center", "bottom"),
     ):
         at = panel.x0 + x * panel.width
-        axes.get_figure().text(at, y, letter, color="#fff", size=7, ha=across, va=up)  # type: ignore[union-attr]
+        axes.get_figure().text(at, y, letter, color="#fff", size=9, ha=across, va=up)  # type: ignore[union-attr]
 
 
 def _draw_labels(axes: Axes, overlay: Overlay, cut: _Cut, labels: Mapping[str, int]) -> None:
@@ -218,7 +218,7 @@ def _draw_labels(axes: Axes, overlay: Overlay, cut: _Cut, labels: Mapping[str, i
     for name, value in labels.items():
         own = (truth == value).astype(float)
         if own.any():
-            axes.contourf(columns, rows, own, levels=[0.5, 2], colors=[colours[name]], alpha=0.4)
+            axes.contourf(columns, rows, own, levels=[0.5, 2], colors=[colours[name]], alpha=0.36)
         own = (prediction == value).astype(float)
         if own.any():
             axes.contour(columns, rows, own, levels=[0.5], colors=["#000000"], linewidths=2.6)

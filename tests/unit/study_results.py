@@ -49,13 +49,14 @@ def make_patients(
     count: int = 11,
     scored: bool = True,
 ) -> tuple[PatientScores, ...]:
+    noise = {"pooled": 0.3, "federated": 0.5, "local": 1.6}
     patients = []
     for number, site in enumerate(sites):
         rng = np.random.default_rng(number)
         for index in range(count):
             hard = float(rng.gamma(2.0, 0.015)) + 0.012 * (number == 3)
             own = float(rng.normal(0, 0.008)) + (0.02 * number if arm == "local" else 0)
-            base = LEVELS[arm] + 0.03 - hard - own
+            base = noise[arm] * rng.normal(0, 0.011) + LEVELS[arm] + 0.03 - hard - own
             wave = {name: base + 0.02 * np.cos(k) for k, name in enumerate(labels)}
             dice = {name: float(np.clip(v, 0, 1)) if scored else None for name, v in wave.items()}
             patients.append(
@@ -75,7 +76,18 @@ def make_stages(
     rounds: int, sites: tuple[str, ...], labels: tuple[str, ...]
 ) -> tuple[StageRecord, ...]:
     rng = np.random.default_rng(7)
-    stages = []
+    enlist = StageRecord(
+        round=0,
+        stage="enlist",
+        attempt=1,
+        bytes_down=412 * len(sites),
+        bytes_up=530 * len(sites),
+        answers=tuple(
+            SiteAnswer(site=s, patients=30 + 4 * k, bytes_up=530) for k, s in enumerate(sites)
+        ),
+        failures=(),
+    )
+    stages = [enlist]
     for number in range(1, rounds + 1):
         failed = sites[2:3] if number in (5, 6) else ()
         present = [site for site in sites if site not in failed]

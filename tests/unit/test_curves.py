@@ -29,7 +29,7 @@ def test_the_table_holds_what_the_sites_answered(tmp_path: Path) -> None:
     result = make_result(rounds=4)
     write_curves(result, tmp_path)
     rows = _rows(tmp_path / "curves.csv")
-    answer = result.stages[0].answers[1]
+    answer = result.stages[1].answers[1]
     (loss,) = [
         row
         for row in rows
@@ -40,11 +40,11 @@ def test_the_table_holds_what_the_sites_answered(tmp_path: Path) -> None:
     (down,) = [
         r for r in rows if (r["round"], r["stage"], r["metric"]) == ("1", "train", "bytes_down")
     ]
-    assert (int(down["value"]), down["site"]) == (result.stages[0].bytes_down, "")
+    assert (int(down["value"]), down["site"]) == (result.stages[1].bytes_down, "")
 
 
 def test_all_sites_are_weighted_by_patients() -> None:
-    record = make_result(rounds=1).stages[0]
+    record = make_result(rounds=1).stages[1]
     (mean,) = [
         p.value for p in points(make_result(rounds=1)) if p.site == "" and p.metric == "loss"
     ]
@@ -65,7 +65,7 @@ def test_tensorboard_reads_the_events_back(tmp_path: Path) -> None:
     file = tmp_path / "tensorboard" / "hospital_1" / "events.out.tfevents.fedseg"
     events = [e for e in EventFileLoader(str(file)).Load() if e.HasField("summary")]
     values = {(e.step, v.tag): v.tensor.float_val[0] for e in events for v in e.summary.value}
-    assert values[1, "train/loss"] == pytest.approx(result.stages[0].answers[0].loss)
+    assert values[1, "train/loss"] == pytest.approx(result.stages[1].answers[0].loss)
     assert (4, "evaluate/dice/anterior") in values
     assert (4, "evaluate/hd95") in values
 

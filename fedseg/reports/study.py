@@ -1,0 +1,244 @@
+"""OUT/report.html: one study on one page that a radiologist can read and print.
+
+The page is a single file: its style, charts (SVG) and pictures (JPEG) are inside, it runs no
+script, and its content policy forbids every outside resource. Names from the data are escaped.
+It shows images of patients and their identifiers: treat it like the data it was made from.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Sequence
+from datetime import datetime
+from itertools import groupby
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from fedseg.reports import findings, traffic
+from fedseg.reports.charts import Curve, curve_chart, dice_chart
+from fedseg.reports.curves import ALL, points
+from fedseg.reports.figures import RANKS, Overlay, label_colours, overlay_pictures
+from fedseg.result import StudyResult
+
+FEW_PATIENTS = 10
+METRICS: tuple[tuple[findings.Metric, str, str, int], ...] = (
+    ("dice", "dice", "Dice", 3),
+    ("hd95_mm", "hd95", "HD95 in mm", 2),
+    ("nsd", "nsd", "Surface Dice (NSD)", 3),
+)
+METRIC_WORDS = {"dice": "Dice", "hd95": "HD95", "nsd": "surface Dice"}
+STAGE_WORDS = {
+    "enlist": "Enlist: count the patients",
+    "train": "Train",
+    "evaluate": "Evaluate",
+    "total": "Total",
+}
+
+
+def write_report(result: StudyResult, overlays: Sequence[Overlay], path: Path) -> None:
+    """Write the page; an existing file is replaced in one step.
+
+    Args:
+        overlays: patients to show, of any hospitals; grouped by hospital, best to worst.
+        path: the file; its folder exists.
+    """
+    page = _environment().get_template("study.html").render(_content(result, overlays))
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(page, encoding="utf-8", newline="\n")
+    os.replace(partial, path)  # noqa: PTH105
+
+
+def _environment() -> Environment:
+    """Templates beside this module, with everything escaped that is not markup of theirs."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": findings.number,
+        "count": findings.count,
+        "bytes": _bytes,
+        "duration": _duration,
+    }
+    return environment
+
+
+def _content(result: StudyResult, overlays: Sequence[Overlay]) -> dict[str, Any]:
+    """All that the template shows."""
+    tables = [
+        {"table": findings.table(result, metric), "title": title, "digits": digits}
+        for metric, name, title, digits in METRICS
+        if name in result.plan.evaluation.metrics
+    ]
+    return {
+        "result": result,
+        "plan": result.plan,
+        "verdict": findings.verdict(result),
+        "tables": tables,
+        "labels": {name: findings.label_means(result, name) for name in result.plan.task.labels},
+        "arm_titles": {"local": "Local", "federated": "Federated", "pooled": "Pooled"},
+        "splits": [
+            s for s in ("train", "val", "test") if any(s in x.patients for x in result.sites)
+        ],
+        "dice_chart": _dice_chart(result),
+        "curves": _curve_charts(result),
+        "overlays": _overlay_groups(result, overlays),
+        "colours": label_colours(result.plan.task.labels),
+        "stage_words": STAGE_WORDS,
+        "sent_metrics": [METRIC_WORDS[metric] for metric in result.plan.evaluation.metrics],
+        "stages": traffic.by_stage(result) if result.stages else (),
+        "rounds": traffic.by_round(result),
+        "failures": traffic.failures(result),
+        "limits": _limits(result),
+        "settings": _settings(result),
+        "parameters": _parameters(result),
+        "started": _date(result.run.started),
+    }
+
+
+def _dice_chart(result: StudyResult) -> str | None:
+    """Every patient's Dice as a data URI, or None where nobody has one."""
+    values: dict[str, dict[str, list[float]]] = {site.name: {} for site in result.sites}
+    for name in findings.ARMS:
+        for patient in arm.patients if (arm := result.arm(name)) else ():
+            if patient.mean_dice is not None:
+                by_arm = values.setdefault(patient.site, {})
+                by_arm.setdefault(name, []).append(patient.mean_dice)
+    return _uri(dice_chart(values), "svg+xml") if any(values.values()) else None
+
+
+def _curve_charts(result: StudyResult) -> list[dict[str, str]]:
+    """Loss and Dice by round as data URIs, as far as the sites sent them."""
+    charts = []
+    for metric, title, label in (
+        ("loss", "Training loss", "Loss (Dice + cross-entropy)"),
+        ("dice", "Dice on held-back patients", "Dice (mean over labels)"),
+    ):
+        lines: dict[str, dict[int, float]] = {}
+        for point in points(result):
+            if point.metric == metric and not point.label:
+                lines.setdefault(point.site, {})[point.round] = point.value
+        curves = [
+            Curve(site or "all, mean", tuple(line), tuple(line.values()), bold=site == ALL)
+            for site, line in sorted(lines.items(), key=lambda item: (item[0] == ALL, item[0]))
+        ]
+        if curves:
+            mean = curves[-1]
+            alt = (
+                f"{title} by round, one line a hospital and the mean in bold: the mean goes from "
+                f"{findings.number(mean.values[0])} in round {mean.rounds[0]} to "
+                f"{findings.number(mean.values[-1])} in round {mean.rounds[-1]}."
+            )
+            svg = curve_chart(curves, label)
+            charts.append({"uri": _uri(svg, "svg+xml"), "title": title, "alt": alt})
+    return charts
+
+
+def _overlay_groups(
+    result: StudyResult, overlays: Sequence[Overlay]
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Pictures by hospital, in the order best, median, worst."""
+    ordered = sorted(overlays, key=lambda o: (o.site, RANKS.index(o.rank), o.patient))
+    groups = []
+    for site, members in groupby(ordered, lambda overlay: overlay.site):
+        shown = []
+        for overlay in members:
+            plain, outlined = overlay_pictures(overlay, result.plan.task.labels)
+            shown.append(
+                {
+                    "overlay": overlay,
+                    "plain": _uri(plain, "jpeg"),
+                    "outlined": _uri(outlined, "jpeg"),
+                }
+            )
+        groups.append((site, shown))
+    return groups
+
+
+def _limits(result: StudyResult) -> list[str]:
+    """What the numbers of this very study do not say."""
+    limits = []
+    arm = result.arm("federated")
+    sizes = {site.name: len(arm.of_site(site.name)) if arm else 0 for site in result.sites}
+    none = [name for name, size in sizes.items() if size == 0]
+    few = [f"{name} ({size})" for name, size in sizes.items() if 0 < size < FEW_PATIENTS]
+    if none:
+        limits.append(f"No patients were held back for measuring at {', '.join(none)}.")
+    if few:
+        limits.append(
+            f"Fewer than {FEW_PATIENTS} patients were measured at {', '.join(few)}: intervals from "
+            "so few are wide, and often still too narrow."
+        )
+    limits.append(
+        "Intervals say how much the means would vary with other patients of the same kind. They do "
+        "not hold the chance of training itself: one run, one seed."
+    )
+    if len(result.arms) > 1:
+        limits.append(
+            "The arms did not necessarily train equally long; see “Compute” before comparing them."
+        )
+    limits.append(
+        "Hospitals may differ in scanners, patients and in who drew the labels; a low score does "
+        "not tell which."
+    )
+    limits.append(
+        "All hospitals were simulated on one computer. Networks, firewalls and absent staff were "
+        "not part of the study."
+    )
+    limits.append("Research software: nothing on this page supports a clinical decision.")
+    return limits
+
+
+def _settings(result: StudyResult) -> str:
+    """The plan as YAML, its long list of tensors left to the plan itself."""
+    value = result.plan.model_dump(mode="json")
+    if value["initial"]:
+        value["initial"]["tensors"] = f"{len(value['initial']['tensors'])} tensors"
+    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=88))
+
+
+def _parameters(result: StudyResult) -> int | None:
+    """Numbers in one model, or None where the plan was not built."""
+    initial = result.plan.initial
+    if initial is None:
+        return None
+    return sum(prod(tensor.shape) for tensor in initial.tensors)
+
+
+def _uri(data: bytes, kind: str) -> str:
+    """A picture as a data URI."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _bytes(size: int) -> str:
+    """A size in decimal units: 950 B, 4.9 MB."""
+    amount, units = float(size), ["B", "kB", "MB", "GB", "TB"]
+    while amount >= 999.95 and len(units) > 1:
+        amount, units = amount / 1000, units[1:]
+    return f"{amount:.0f} {units[0]}" if units[0] == "B" else f"{amount:.1f} {units[0]}"
+
+
+def _duration(seconds: float) -> str:
+    """A time for people: 41 s, 5 min 12 s, 3 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _date(started: str) -> str:
+    """The start as a date with hour, or as it is where it is no ISO date."""
+    try:
+        return datetime.fromisoformat(started).strftime("%Y-%m-%d %H:%M %Z").strip()
+    except ValueError:
+        return started
