@@ -19,6 +19,9 @@ _BLOCK = re.compile(r"^(# Written by `fedseg plan build`.*\n)?initial:.*(\n[ \t]
 _NOTE = "# Written by `fedseg plan build`: the model that the study starts from. Do not edit.\n"
 
 
+EXAMPLES = ("mr-3d", "ct-2d")
+
+
 def example(name: str = "mr-3d") -> str:
     """The text of a commented example plan; `mr-3d` or `ct-2d`."""
     return (files("fedseg") / "plans" / f"{name}.yaml").read_text(encoding="utf-8")

@@ -1,0 +1,74 @@
+"""`fedseg`: what a researcher runs. This module only mounts the commands of others."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from fedseg import __version__
+from fedseg.commands import models, phantoms, plans, simulations
+from fedseg.errors import FedsegError, MissingExtraError
+
+app = typer.Typer(
+    name="fedseg",
+    help="Federated learning of medical image segmentation: plan a study, simulate it, measure it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(plans.app, name="plan")
+app.command("phantoms", epilog=phantoms.EPILOG)(phantoms.write)
+app.command("simulate", epilog=simulations.EPILOG)(simulations.run)
+app.command("evaluate", epilog=models.EVALUATE_EPILOG)(models.evaluate)
+app.command("predict", epilog=models.PREDICT_EPILOG)(models.predict)
+
+
+def _version(wanted: bool) -> None:
+    """Print the version and stop."""
+    if wanted:
+        typer.echo(f"fedseg {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def fedseg(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    """Federated learning of medical image segmentation: plan a study, simulate it, measure it."""
+
+
+def main() -> None:
+    """Run the command line; what the user can mend is said in red, with exit status 1."""
+    run(app, extra="simulation")
+
+
+def run(command: typer.Typer, *, extra: str) -> None:
+    """Run a command line of fedseg; errors that a user can mend are one red message, status 1.
+
+    Args:
+        command: the Typer application.
+        extra: what to install where a package is missing.
+    """
+    try:
+        command()
+    except FedsegError as error:
+        _fail(error)
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if not module or module in ("fedseg", "sites", "coordinator"):
+            raise
+        _fail(MissingExtraError(extra, module))
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped; `--resume` goes on where it stood", style="yellow")
+        sys.exit(130)
+
+
+def _fail(error: FedsegError) -> None:
+    """One red message on the error stream."""
+    console = Console(stderr=True)
+    console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(1)

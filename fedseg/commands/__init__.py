@@ -1,0 +1,1 @@
+"""The commands of `fedseg`, each beside its options; they compute nothing themselves."""
