@@ -26,6 +26,7 @@ from fedseg.reports.figures import RANKS, Overlay, label_colours, overlay_pictur
 from fedseg.result import StudyResult
 
 FEW_PATIENTS = 10
+SPLITS = ("train", "val", "test")
 METRICS: tuple[tuple[findings.Metric, str, str, int], ...] = (
     ("dice", "dice", "Dice", 3),
     ("hd95_mm", "hd95", "HD95 in mm", 2),
@@ -85,9 +86,7 @@ def _content(result: StudyResult, overlays: Sequence[Overlay]) -> dict[str, Any]
         "tables": tables,
         "labels": {name: findings.label_means(result, name) for name in result.plan.task.labels},
         "arm_titles": {"local": "Local", "federated": "Federated", "pooled": "Pooled"},
-        "splits": [
-            s for s in ("train", "val", "test") if any(s in x.patients for x in result.sites)
-        ],
+        "splits": [s for s in SPLITS if any(site.patients.get(s) for site in result.sites)],
         "dice_chart": _dice_chart(result),
         "curves": _curve_charts(result),
         "overlays": _overlay_groups(result, overlays),
@@ -202,7 +201,7 @@ def _settings(result: StudyResult) -> str:
     value = result.plan.model_dump(mode="json")
     if value["initial"]:
         value["initial"]["tensors"] = f"{len(value['initial']['tensors'])} tensors"
-    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=88))
+    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, default_flow_style=None))
 
 
 def _parameters(result: StudyResult) -> int | None:
