@@ -119,7 +119,7 @@ def _curve_charts(result: StudyResult) -> list[dict[str, str]]:
     charts = []
     for metric, title, label in (
         ("loss", "Training loss", "Loss (Dice + cross-entropy)"),
-        ("dice", "Dice on held-back patients", "Dice (mean over labels)"),
+        ("dice", "Dice on held-back patients (val)", "Dice (mean over labels)"),
     ):
         lines: dict[str, dict[int, float]] = {}
         for point in points(result):

@@ -101,7 +101,9 @@ def test_the_page_can_be_read_without_seeing(tmp_path: Path) -> None:
 
 
 def test_sections_come_in_the_readers_order(tmp_path: Path) -> None:
-    page = _page(make_result(rehearsed=("hospital_2:crash",)), tmp_path, make_overlays())
+    page = _page(
+        make_result(rehearsed=("hospital_2:crash",)), tmp_path, make_overlays(HOSPITALS[:1])
+    )
     wanted = [
         "The shared model reached a mean Dice of",
         "faults were caused on purpose",
