@@ -10,36 +10,34 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from coordinator.events import Event
-from fedseg.aggregation.rounds import StudyState
-from fedseg.arrays import Arrays, digest_of
+from fedseg.arrays import digest_of
 from fedseg.container import write_atomically
 from fedseg.errors import DataError, PlanError
-from fedseg.evaluation.evaluate import evaluate_cohort
-from fedseg.imaging.cache import CaseCache
-from fedseg.imaging.cases import Cohort, Manifest, Split
+from fedseg.imaging.cases import Cohort, Manifest
 from fedseg.imaging.manifests import read_manifest
 from fedseg.imaging.quality import inspect, usable
 from fedseg.modelfile import save_model
-from fedseg.models.zoo import build_network, initial_model, load_tensors
+from fedseg.models.zoo import initial_model, load_tensors
 from fedseg.plan import StudyPlan
 from fedseg.result import Arm, ArmName, PatientScores, Run, SiteSummary, StudyResult
+from fedseg.simulation.baselines import Baseline, baselines_of
 from fedseg.simulation.federation import Engine, Federation, Finished, run_federation
 from fedseg.simulation.overlays import overlays_of
 from fedseg.simulation.rehearsal import Fault
+from fedseg.simulation.scoring import Scorer, released, split_to_measure
 from fedseg.updates import SiteName
 
-Baseline = Literal["pooled", "local"]
 _VERSIONS = ("fedseg", "flwr", "torch", "monai", "numpy")
 
 
@@ -120,6 +118,7 @@ def simulate(
     cohorts, left_out = _usable_cohorts(
         manifest, plan, lambda case: watch(Progress("federated", f"checking {case}"))
     )
+    out.mkdir(mode=0o700, parents=True, exist_ok=True)  # pictures of patients will lie here
     write_atomically(out / "plan.json", plan.canonical_bytes)
     whole = Federation(
         plan=plan,
@@ -132,14 +131,14 @@ def simulate(
         faults=options.faults,
     )
     trained = {"federated": _run(whole, "federated", options, watch)}
-    for name, alone in _baselines(whole, out, options.baselines):
+    for name, alone in baselines_of(whole, out, options.baselines):
         trained[name] = _run(alone, name, options, watch)
     watch(Progress("federated", "measuring"))
-    split = _split_to_measure(cohorts)
-    scorer = _Scorer(whole, split)
+    split = split_to_measure(cohorts)
+    scorer = Scorer(whole, split)
     names: tuple[ArmName, ...] = ("federated", *options.baselines)
     arms = tuple(_arm(name, trained, scorer) for name in names)
-    final = _released(trained["federated"].state, plan)
+    final = released(trained["federated"].state, plan)
     result = StudyResult(
         plan=plan,
         plan_digest=plan.digest,
@@ -225,43 +224,6 @@ def _check_site_name(site: str) -> None:
         ) from None
 
 
-def _baselines(
-    whole: Federation, out: Path, wanted: Sequence[Baseline]
-) -> Iterable[tuple[str, Federation]]:
-    """Each baseline as a federation of one site."""
-    plan = whole.plan
-    alone = plan.aggregation.model_copy(
-        update={
-            "strategy": "fedavg",
-            "proximal_mu": 0.0,
-            "minimum_sites": 1,
-            "server_learning_rate": 1.0,
-            "server_momentum": 0.0,
-        }
-    )
-    rarely = plan.evaluation.model_copy(update={"every_rounds": plan.aggregation.rounds})
-
-    def study(cohort: Cohort, folder: str, steps: int) -> Federation:
-        training = plan.training.model_copy(update={"steps_per_round": steps})
-        changed = {"aggregation": alone, "training": training, "evaluation": rarely}
-        return replace(
-            whole,
-            plan=plan.model_copy(update=changed),
-            cohorts=(cohort,),
-            folder=out / folder,
-            faults=(),
-        )
-
-    steps = plan.training.steps_per_round
-    if "pooled" in wanted:
-        cases = tuple(case for cohort in whole.cohorts for case in cohort.cases)
-        pooled = Cohort("pooled", cases, whole.cohorts[0].label_map)
-        yield "pooled", study(pooled, "pooled", steps * len(whole.cohorts))
-    if "local" in wanted:
-        for cohort in whole.cohorts:
-            yield f"local:{cohort.site}", study(cohort, f"local/{cohort.site}", steps)
-
-
 def _run(federation: Federation, arm: str, options: Options, watch: Watcher) -> Finished:
     """Run one arm; baselines always in this process."""
     engine = options.engine if arm == "federated" else "inprocess"
@@ -273,37 +235,7 @@ def _run(federation: Federation, arm: str, options: Options, watch: Watcher) -> 
     )
 
 
-def _released(state: StudyState, plan: StudyPlan) -> dict[str, NDArray[Any]]:
-    """The model that a finished study releases."""
-    return state.server.released(plan.aggregation)
-
-
-def _split_to_measure(cohorts: Sequence[Cohort]) -> Split:
-    """`test` where every hospital has test patients, else `val`."""
-    return "test" if all(cohort.split("test").cases for cohort in cohorts) else "val"
-
-
-class _Scorer:
-    """Measures models on the hospitals' held-back patients, in each image's own geometry."""
-
-    def __init__(self, federation: Federation, split: Split) -> None:
-        self.federation, self.split = federation, split
-        self.cache = CaseCache(federation.cache, federation.plan.task)
-        self.network = build_network(federation.plan.model, federation.plan.task)
-        self.network.to(federation.device)
-
-    def __call__(self, model: Arrays, site: str) -> list[PatientScores]:
-        """Per-patient metrics of one model at one hospital."""
-        plan = self.federation.plan
-        load_tensors(self.network, model)
-        cohort = next(c for c in self.federation.cohorts if c.site == site)
-        held_back = cohort.split(self.split)
-        return evaluate_cohort(
-            self.network, held_back, self.cache, plan, plan.evaluation.metrics, native=True
-        )
-
-
-def _arm(name: ArmName, trained: Mapping[str, Finished], scorer: _Scorer) -> Arm:
+def _arm(name: ArmName, trained: Mapping[str, Finished], scorer: Scorer) -> Arm:
     """Measure one arm at every hospital."""
     plan = scorer.federation.plan
     scores: list[PatientScores] = []
@@ -311,7 +243,7 @@ def _arm(name: ArmName, trained: Mapping[str, Finished], scorer: _Scorer) -> Arm
     steps = 0
     for cohort in scorer.federation.cohorts:
         finished = trained[f"local:{cohort.site}" if name == "local" else name]
-        model = _released(finished.state, plan)
+        model = released(finished.state, plan)
         models[cohort.site] = digest_of(model)
         scores += scorer(model, cohort.site)
     for key, finished in trained.items():
@@ -344,7 +276,7 @@ def _write(
     result: StudyResult,
     trained: Mapping[str, Finished],
     whole: Federation,
-    scorer: _Scorer,
+    scorer: Scorer,
     out: Path,
 ) -> None:
     """Models, result, curves and report."""
@@ -354,9 +286,9 @@ def _write(
     rounds = result.plan.aggregation.rounds
     for key, finished in trained.items():
         name = "model" if key == "federated" else "model-" + key.replace(":", "-")
-        model = _released(finished.state, result.plan)
+        model = released(finished.state, result.plan)
         save_model(out / f"{name}.safetensors", result.plan, model, arm=key, rounds=rounds)
-    load_tensors(scorer.network, _released(trained["federated"].state, result.plan))
+    load_tensors(scorer.network, released(trained["federated"].state, result.plan))
     overlays = overlays_of(result, scorer.network, whole.cohorts, scorer.cache, scorer.split)
     write_curves(result, out)
     write_report(result, overlays, out / "report.html")
