@@ -19,6 +19,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    FiniteFloat,
     JsonValue,
     ValidationError,
     field_validator,
@@ -60,7 +61,7 @@ class RobustZScore(Frozen):
 class HuWindow(Frozen):
     """CT: clip to a window in Hounsfield units and map it to [-1, 1]."""
 
-    window_hu: tuple[float, float]
+    window_hu: tuple[FiniteFloat, FiniteFloat]
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -151,6 +152,8 @@ class Model(Frozen):
                 raise ValueError(f"version: unet has version 1 here, not {self.version!r}")
             options = UNetOptions.model_validate(self.options).model_dump(mode="json")
             object.__setattr__(self, "options", options)
+        elif not _is_json(self.options):
+            raise ValueError("options: numbers must be finite, NaN and infinity have no JSON")
         return self
 
 
@@ -345,8 +348,8 @@ def parse_plan(data: bytes, source: str = "the plan") -> StudyPlan:
     if len(data) > MAX_PLAN_BYTES:
         raise PlanError(f"{source} is larger than {MAX_PLAN_BYTES} bytes: that is no study plan")
     try:
-        value = yaml.load(data, Loader=_NoDuplicates)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        value = yaml.load(data, Loader=_PlainYaml)
+    except (yaml.YAMLError, RecursionError, *_BAD_SCALARS) as error:
         raise PlanError(f"{source} is not valid YAML: {error}") from None
     if not isinstance(value, dict):
         raise PlanError(f"{source} must be a YAML mapping; `fedseg plan new` writes an example")
@@ -366,24 +369,44 @@ def load_plan(path: str | Path) -> StudyPlan:
     return parse_plan(data, source=path.name)
 
 
-class _NoDuplicates(yaml.SafeLoader):
-    """YAML without the silent 'last key wins'."""
+# What PyYAML lets escape where a value is not what its tag says, as in `!!int abc`.
+_BAD_SCALARS = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
+
+
+class _PlainYaml(yaml.SafeLoader):
+    """YAML without the silent 'last key wins', and without aliases, which a few bytes multiply."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(
+                None, None, "aliases (*name) are not allowed: write the value out", mark
+            )
+        return super().compose_node(parent, index)
 
 
 def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     """Build a mapping; a key given twice is an error."""
-    loader.flatten_mapping(node)
-    pairs = loader.construct_pairs(node, deep=True)
-    keys = [key for key, _ in pairs]
-    twice = [key for key in keys if keys.count(key) > 1]
-    if twice:
-        raise yaml.constructor.ConstructorError(
-            None, None, f"the key {twice[0]!r} is given twice", node.start_mark
-        )
-    return dict(pairs)
+    mapping: dict[Any, Any] = {}
+    for key, value in loader.construct_pairs(node, deep=True):
+        if key in mapping:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {key!r} is given twice", node.start_mark
+            )
+        mapping[key] = value
+    return mapping
 
 
-_NoDuplicates.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+_PlainYaml.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def _is_json(value: object) -> bool:
+    """True where nothing is NaN or infinite."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def _explain(error: ValidationError) -> str:
