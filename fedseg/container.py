@@ -11,6 +11,7 @@ import json
 import os
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -93,7 +94,8 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink()
         raise RoundError(
             f"cannot write {path.name}: {error.strerror}; the file before it is untouched, "
             "make room or mend the rights and go on with --resume"
