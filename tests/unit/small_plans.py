@@ -1,0 +1,73 @@
+"""The smallest plans, models and messages, for the tests of everything that needs no torch."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedseg.arrays import Arrays, digest_of, schema_of
+from fedseg.plan import InitialModel, StudyPlan
+from fedseg.updates import AnswerHeader, Body, Enlisted, Evaluated, Trained, seal_answer
+
+VALUES: dict[str, Any] = {
+    "study": "tiny",
+    "task": {
+        "dimensions": 3,
+        "channels": [{"name": "T1w", "modality": "MR"}],
+        "labels": {"anterior": 1, "posterior": 2},
+        "spacing_mm": [1.0, 1.0, 2.0],
+        "patch_size": [8, 8, 8],
+    },
+    "model": {"options": {"channels": [4, 8]}},
+    "aggregation": {"rounds": 3, "minimum_sites": 2, "attempts": 2, "round_timeout_s": 60.0},
+    "evaluation": {"metrics": ["dice"], "every_rounds": 2},
+}
+
+
+def values(**changes: Any) -> dict[str, Any]:
+    """The plan's values with some set or, given as None, removed; `a__b=1` sets a.b."""
+    found = copy.deepcopy(VALUES)
+    for key, value in changes.items():
+        *sections, field = key.split("__")
+        inner = found
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[field] = value
+        if value is None:
+            del inner[field]
+    return found
+
+
+def tiny_model(seed: int = 0) -> dict[str, NDArray[Any]]:
+    """Three small tensors, one of them without axes."""
+    rng = np.random.default_rng(seed)
+    return {
+        "conv.weight": rng.normal(size=(2, 3)).astype(np.float32),
+        "conv.bias": rng.normal(size=(2,)).astype(np.float32),
+        "gain": np.asarray(rng.normal(), np.float32),
+    }
+
+
+def built_plan(model: Arrays | None = None, **changes: Any) -> StudyPlan:
+    """A plan whose initial model is `tiny_model()`, or the one that is given."""
+    model = model or tiny_model()
+    plan = StudyPlan.model_validate(values(**changes))
+    record = InitialModel(digest=digest_of(model), tensors=schema_of(model))
+    return plan.model_copy(update={"initial": record})
+
+
+def body_of(stage: str, patients: int = 4) -> Body:
+    """What a good site says in a stage."""
+    if stage == "enlist":
+        return Enlisted(patients={"train": patients}, cases={"train": patients}, left_out=0)
+    if stage == "train":
+        return Trained(patients=patients, steps=2, loss=0.5)
+    return Evaluated(patients=2, scores={"dice": {"anterior": 0.75, "posterior": 0.25}})
+
+
+def answer(task: str, site: str, body: Body, delta: Arrays | None = None) -> bytes:
+    """A sealed answer."""
+    return seal_answer(AnswerHeader(task=task, site=site, body=body), delta)
