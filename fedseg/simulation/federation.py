@@ -99,17 +99,12 @@ def run_federation(
         arrange: the order in which the in-process engine serves nodes; it changes no result.
 
     Raises:
-        PlanError: the plan asks for more sites than there are.
+        PlanError: see `require_sites`.
         RoundError: too few sites answered as often as the plan allows; a checkpoint that is not
             to be overwritten.
     """
     plan = federation.plan
-    needed = plan.aggregation.minimum_sites
-    if len(federation.cohorts) < needed:
-        raise PlanError(
-            f"aggregation.minimum_sites is {needed}, but the data have {len(federation.cohorts)} "
-            "sites: lower it, or divide the data with --partition iid --sites N"
-        )
+    require_sites(federation)
     state = _starting_state(federation, resume)
     seconds = Journal(federation.folder / "stages.jsonl")
     store = _CheckpointStore(federation.checkpoint, plan)
@@ -135,6 +130,26 @@ def run_federation(
         stage_s=tuple(entry["wall_s"] for entry in seconds.read("stage")),
         cpu_s=sum(_compute_of(federation, cohort.site) for cohort in federation.cohorts),
     )
+
+
+def require_sites(federation: Federation) -> None:
+    """Check that the data have the sites that are asked for.
+
+    Raises:
+        PlanError: the plan wants more sites than there are, or a fault one that is not there.
+    """
+    names = [cohort.site for cohort in federation.cohorts]
+    needed = federation.plan.aggregation.minimum_sites
+    if len(names) < needed:
+        raise PlanError(
+            f"aggregation.minimum_sites is {needed}, but the data have {len(names)} "
+            "sites: lower it, or divide the data with --partition iid --sites N"
+        )
+    strangers = sorted({fault.site for fault in federation.faults} - set(names))
+    if strangers:
+        raise PlanError(
+            f"a fault is rehearsed at {strangers[0]}, but the sites are {', '.join(names)}"
+        )
 
 
 class SimulatedSites:

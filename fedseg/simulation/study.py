@@ -32,7 +32,13 @@ from fedseg.models.zoo import initial_model, load_tensors
 from fedseg.plan import StudyPlan
 from fedseg.result import Arm, ArmName, PatientScores, Run, SiteSummary, StudyResult
 from fedseg.simulation.baselines import Baseline, baselines_of
-from fedseg.simulation.federation import Engine, Federation, Finished, run_federation
+from fedseg.simulation.federation import (
+    Engine,
+    Federation,
+    Finished,
+    require_sites,
+    run_federation,
+)
 from fedseg.simulation.overlays import overlays_of
 from fedseg.simulation.rehearsal import Fault
 from fedseg.simulation.scoring import Scorer, released, split_to_measure
@@ -118,8 +124,6 @@ def simulate(
     cohorts, left_out = _usable_cohorts(
         manifest, plan, lambda case: watch(Progress("federated", f"checking {case}"))
     )
-    out.mkdir(mode=0o700, parents=True, exist_ok=True)  # pictures of patients will lie here
-    write_atomically(out / "plan.json", plan.canonical_bytes)
     whole = Federation(
         plan=plan,
         initial=initial,
@@ -130,6 +134,9 @@ def simulate(
         device=options.device,
         faults=options.faults,
     )
+    require_sites(whole)
+    out.mkdir(mode=0o700, parents=True, exist_ok=True)  # pictures of patients will lie here
+    write_atomically(out / "plan.json", plan.canonical_bytes)
     trained = {"federated": _run(whole, "federated", options, watch)}
     for name, alone in baselines_of(whole, out, options.baselines):
         trained[name] = _run(alone, name, options, watch)
