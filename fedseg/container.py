@@ -48,7 +48,12 @@ def peek(data: bytes, header_type: type[Header], *, max_bytes: int) -> Header:
 
 
 def unpack(
-    data: bytes, header_type: type[Header], *, max_bytes: int, schema: Sequence[TensorSpec] | None
+    data: bytes,
+    header_type: type[Header],
+    *,
+    max_bytes: int,
+    schema: Sequence[TensorSpec] | None,
+    max_header_bytes: int = MAX_HEADER_BYTES,
 ) -> tuple[Header, dict[str, NDArray[Any]]]:
     """Open a container from an untrusted source.
 
@@ -57,6 +62,7 @@ def unpack(
         header_type: the pydantic model that the header must be.
         max_bytes: anything larger is refused unread.
         schema: the tensors that must be there, no more and no fewer; None takes any.
+        max_header_bytes: a larger header is refused unparsed; safetensors itself reads 100 MB.
 
     Returns:
         The header and the arrays by name.
@@ -64,13 +70,13 @@ def unpack(
     Raises:
         TrustError: too large, malformed, another kind of container, or not the schema's tensors.
     """
-    header, layout = _open_header(data, header_type, max_bytes)
+    header, layout = _open_header(data, header_type, max_bytes, max_header_bytes)
     if schema is not None:
         _check_schema(layout, schema)
     try:
         return header, load_safetensors(data)
     except (SafetensorError, KeyError, ValueError) as error:
-        raise TrustError(f"the tensors of the message are damaged: {error}") from None
+        raise TrustError(f"the tensors of the message are damaged: {_short(error)}") from None
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -103,12 +109,12 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
 
 
 def _open_header(
-    data: bytes, header_type: type[Header], max_bytes: int
+    data: bytes, header_type: type[Header], max_bytes: int, max_header_bytes: int = MAX_HEADER_BYTES
 ) -> tuple[Header, dict[str, Any]]:
     """The checked header, and the table of the tensors."""
     if len(data) > max_bytes:
         raise TrustError(f"a message of {len(data)} bytes came, at most {max_bytes} are allowed")
-    layout = _layout(data)
+    layout = _layout(data, max_header_bytes)
     metadata = layout.pop("__metadata__", None)
     if not isinstance(metadata, dict) or not isinstance(metadata.get(_KEY), str):
         raise TrustError("the message is a safetensors file, but none of fedseg's")
@@ -118,19 +124,19 @@ def _open_header(
         first = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(str(part) for part in first["loc"])
         raise TrustError(
-            f"the header is no {header_type.__name__}: {field}: {first['msg']}"
+            f"the header is no {header_type.__name__}: {_short(field)}: {_short(first['msg'])}"
         ) from None
 
 
-def _layout(data: bytes) -> dict[str, Any]:
+def _layout(data: bytes, max_header_bytes: int) -> dict[str, Any]:
     """The safetensors table of contents, bounded before it is parsed."""
     if len(data) < 8:
         raise TrustError("the message is too short to be one of fedseg's")
     (size,) = struct.unpack("<Q", data[:8])
-    if size > min(MAX_HEADER_BYTES, len(data) - 8):
+    if size > min(max_header_bytes, len(data) - 8):
         raise TrustError("the message is not a safetensors file, or its header is oversized")
     try:
-        layout = json.loads(data[8 : 8 + size])
+        layout = json.loads(data[8 : 8 + size], parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         raise TrustError("the message is not a safetensors file: its header is no JSON") from None
     if not isinstance(layout, dict):
@@ -145,7 +151,7 @@ def _check_schema(layout: dict[str, Any], schema: Sequence[TensorSpec]) -> None:
         odd = sorted(layout.keys() ^ expected.keys())
         raise TrustError(
             f"the plan's model has {len(expected)} tensors, the message {len(layout)}; "
-            f"{len(odd)} names differ, the first is {odd[0][:64]!r}"
+            f"{len(odd)} names differ, the first is '{_short(odd[0])}'"
         )
     for name, spec in expected.items():
         entry = layout[name] if isinstance(layout[name], dict) else {}
@@ -153,5 +159,15 @@ def _check_schema(layout: dict[str, Any], schema: Sequence[TensorSpec]) -> None:
         if shape != list(spec.shape) or dtype != spec.dtype:
             raise TrustError(
                 f"tensor {name!r} should be {spec.dtype} {list(spec.shape)}, "
-                f"but {dtype} {str(shape)[:80]} came"
+                f"but {dtype} {_short(shape)} came"
             )
+
+
+def _refuse_constant(name: str) -> None:
+    """NaN and Infinity, which Python reads although JSON has neither."""
+    raise ValueError(f"{name} is not JSON")
+
+
+def _short(untrusted: object) -> str:
+    """Text of the sender's choice, cut and in printable ASCII, so that any log can hold it."""
+    return ascii(str(untrusted))[1:-1][:80]

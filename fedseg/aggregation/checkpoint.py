@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from fedseg.errors import RoundError, TrustError
 from fedseg.plan import Frozen, StudyPlan
 from fedseg.result import StageRecord
 
-_LIMIT_BESIDE_TENSORS = 256 * 1024 * 1024
+_HISTORY_BYTES = 96_000_000
 
 
 class _CheckpointHeader(Frozen):
@@ -53,8 +54,13 @@ def load_state(path: Path, plan: StudyPlan) -> StudyState:
         data = path.read_bytes()
     except OSError as error:
         raise RoundError(f"no checkpoint to go on from in {path.name}: {error.strerror}") from None
-    limit = _LIMIT_BESIDE_TENSORS + 5 * plan.built.nbytes
-    header, arrays = unpack(data, _CheckpointHeader, max_bytes=limit, schema=None)
+    header, arrays = unpack(
+        data,
+        _CheckpointHeader,
+        max_bytes=_limit(plan),
+        schema=None,
+        max_header_bytes=_HISTORY_BYTES,
+    )
     if header.plan != plan.digest:
         raise RoundError(
             "the checkpoint is of another plan: give the plan it was made with, or another --out"
@@ -64,6 +70,12 @@ def load_state(path: Path, plan: StudyPlan) -> StudyState:
         raise TrustError("the checkpoint holds no model: it is damaged")
     server = ServerState(model, _part(arrays, "momentum"), _part(arrays, "average"), header.steps)
     return StudyState(header.position, server, header.history)
+
+
+def _limit(plan: StudyPlan) -> int:
+    """The largest checkpoint: the model, and twice its elements as float64."""
+    tensors = plan.built.tensors
+    return _HISTORY_BYTES + 1024 + sum(spec.nbytes + 16 * prod(spec.shape) for spec in tensors)
 
 
 def _part(arrays: dict[str, NDArray[Any]], part: str) -> Model | None:

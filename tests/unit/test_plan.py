@@ -230,7 +230,9 @@ def _changed(leaf: Any) -> list[Any]:
 
 
 def test_any_changed_value_changes_the_digest() -> None:
-    plan = built_plan(task__normalisation={"CT": {"window_hu": [-100.0, 200.0]}})
+    options = {"channels": [4, 8], "groups": 4}
+    normalisation = {"CT": {"window_hu": [-100.0, 200.0]}}
+    plan = built_plan(task__normalisation=normalisation, model__options=options)
     original = json.loads(plan.canonical_bytes)
     only_choice = {"format", "loss", "guarantee", "proximal_mu"}
     for path in _leaves(original):
