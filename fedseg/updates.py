@@ -23,6 +23,7 @@ from fedseg.plan import Frozen, Name, StudyPlan, TensorSpec
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 StageName = Literal["enlist", "train", "evaluate"]
+SplitName = Literal["train", "val", "test"]
 RefusalCode = Literal["plan", "task", "data", "not_finite", "failed"]
 NotNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -46,8 +47,8 @@ class Enlisted(Frozen):
     """The site is ready: patients and cases by split, and cases left out as unusable."""
 
     kind: Literal["enlist"] = "enlist"
-    patients: dict[str, NotNegativeInt]
-    cases: dict[str, NotNegativeInt]
+    patients: dict[SplitName, NotNegativeInt]
+    cases: dict[SplitName, NotNegativeInt]
     left_out: NotNegativeInt
 
 
@@ -109,13 +110,16 @@ def open_task(data: bytes, plan: StudyPlan) -> tuple[TaskHeader, dict[str, NDArr
     """Open a task at a site.
 
     Raises:
-        TrustError: oversized or malformed, of another study or plan, or the model is not the one
-            that the header names.
+        TrustError: oversized or malformed, of another study or plan, of a round or attempt that the
+            plan does not have, or the model is not the one that the header names.
     """
     limit = message_limit(plan.built.tensors)
     header = peek(data, TaskHeader, max_bytes=limit)
     if (header.study, header.plan) != (plan.study, plan.digest):
         raise TrustError("the task belongs to another study or to a plan that is not approved here")
+    first, last = (0, 0) if header.stage == "enlist" else (1, plan.aggregation.rounds)
+    if not first <= header.round <= last or header.attempt > plan.aggregation.attempts:
+        raise TrustError("the task asks for a round or an attempt that the plan does not have")
     schema = plan.built.tensors if header.stage != "enlist" else ()
     header, model = unpack(data, TaskHeader, max_bytes=limit, schema=schema)
     if schema and digest_of(model) != header.model:
@@ -158,10 +162,19 @@ def open_answer(
         raise AnswerError(header.body.code, "the site refused or failed; its audit has the reason")
     if header.body.kind != stage:
         raise AnswerError("stage", f"a {header.body.kind} answer came in the stage {stage}")
+    if isinstance(header.body, Evaluated) and not _scores_of_plan(header.body, plan):
+        raise AnswerError("malformed", "the scores name metrics or labels that the plan has not")
     bad = [name for name, array in delta.items() if not np.isfinite(array).all()]
     if bad:
         raise AnswerError("not_finite", f"{len(bad)} tensors hold NaN or infinity, as {bad[0]!r}")
     return header, delta
+
+
+def _scores_of_plan(body: Evaluated, plan: StudyPlan) -> bool:
+    """True where every metric and label is one of the plan's."""
+    labels = [scores.keys() for scores in body.scores.values()]
+    known = body.scores.keys() <= set(plan.evaluation.metrics)
+    return known and all(names <= plan.task.labels.keys() for names in labels)
 
 
 def message_limit(schema: tuple[TensorSpec, ...]) -> int:

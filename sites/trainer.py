@@ -85,9 +85,7 @@ class Trainer:
                 body, delta = self._work(task)
             except Exception as error:
                 body = Refused(code=_code_of(error))
-                self._journal.write("refused", code=body.code, reason=f"{error}")
-                if not isinstance(error, FedsegError):
-                    logger.exception("a task failed for a reason that fedseg does not know")
+                self._note(body, error)
             header = AnswerHeader(task=task_digest(task), site=self._cohort.site, body=body)
             return seal_answer(header, delta)
 
@@ -99,6 +97,15 @@ class Trainer:
         if header.stage == "evaluate":
             return self._evaluate(header, model), None
         return self._train(header, model)
+
+    def _note(self, refused: Refused, error: Exception) -> None:
+        """Keep the reason of a refusal here; a full disk must not turn it into silence."""
+        if not isinstance(error, FedsegError):
+            logger.error("a task failed for a reason that fedseg does not know", exc_info=error)
+        try:
+            self._journal.write("refused", code=refused.code, reason=f"{error}")
+        except OSError:
+            logger.exception("the journal cannot be written: make room or mend its rights")
 
     def _enlist(self) -> Enlisted:
         """Say what the cohort brings."""
