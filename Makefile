@@ -1,4 +1,4 @@
-# make demo      a five-hospital study on generated phantoms, or on DATA=DIR; report in demo/report.html
+# make demo      a five-hospital study on generated phantoms, or on DATA=DIR; report in demo/study/report.html
 # make test      everything that must hold, within minutes
 # make test-slow the full counts
 PYTHON ?= python3
@@ -30,7 +30,7 @@ system:
 	apt-get install -y -qq --no-install-recommends chromium
 
 demo: venv
-	$(BIN)/python -m fedseg.demo --out $(OUT) $(if $(DATA),--data $(DATA)) $(if $(STUDY),--study $(STUDY))
+	OMP_NUM_THREADS=1 $(BIN)/fedseg demo --out $(OUT) $(if $(DATA),--data $(DATA)) $(if $(STUDY),--study $(STUDY))
 
 lint: venv
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from fedseg import __version__
-from fedseg.commands import models, phantoms, plans, simulations
+from fedseg.commands import demo, models, phantoms, plans, simulations
 from fedseg.errors import FedsegError, MissingExtraError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(plans.app, name="plan")
+app.command("demo", epilog=demo.EPILOG)(demo.run)
 app.command("phantoms", epilog=phantoms.EPILOG)(phantoms.write)
 app.command("simulate", epilog=simulations.EPILOG)(simulations.run)
 app.command("evaluate", epilog=models.EVALUATE_EPILOG)(models.evaluate)
