@@ -1,0 +1,107 @@
+"""Tasks and answers: what is sealed opens again, and what an identity depends on."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import pytest
+from small_plans import answer, body_of, built_plan, tiny_model
+
+from fedseg.arrays import digest_of, seed_for
+from fedseg.updates import (
+    Refused,
+    TaskHeader,
+    message_limit,
+    open_answer,
+    open_task,
+    seal_task,
+    task_digest,
+)
+
+PLAN = built_plan()
+
+
+def task_of(stage: Any, **changes: Any) -> bytes:
+    model = None if stage == "enlist" else tiny_model()
+    header = TaskHeader(
+        study=PLAN.study,
+        plan=PLAN.digest,
+        round=0 if stage == "enlist" else 1,
+        stage=stage,
+        attempt=1,
+        model=None if model is None else digest_of(model),
+    )
+    return seal_task(header.model_copy(update=changes), model)
+
+
+@pytest.mark.parametrize("stage", ["enlist", "train", "evaluate"])
+def test_a_task_opens_to_what_was_sealed(stage: str) -> None:
+    data = task_of(stage)
+    header, model = open_task(data, PLAN)
+    assert header.stage == stage
+    assert digest_of(model) == (digest_of(tiny_model()) if stage != "enlist" else digest_of({}))
+    assert len(data) <= message_limit(PLAN.built.tensors)
+
+
+def test_a_task_is_known_by_the_digest_of_its_bytes() -> None:
+    assert task_digest(b"abc") == hashlib.sha256(b"abc").hexdigest()
+    assert task_of("train") == task_of("train")
+    others = [task_of("train", round=2), task_of("train", attempt=2), task_of("evaluate")]
+    assert len({task_digest(data) for data in (task_of("train"), *others)}) == 4
+
+
+@pytest.mark.parametrize("stage", ["enlist", "train", "evaluate"])
+def test_an_answer_opens_to_what_was_sealed(stage: Any) -> None:
+    delta = tiny_model(1) if stage == "train" else None
+    data = answer("a" * 64, "site_a", body_of(stage), delta)
+    for site in ("site_a", None):
+        header, found = open_answer(data, PLAN, task="a" * 64, stage=stage, site=site)
+        assert (header.site, header.body) == ("site_a", body_of(stage))
+        assert digest_of(found) == digest_of(delta or {})
+
+
+def test_a_refusal_is_small_and_says_one_word() -> None:
+    data = answer("a" * 64, "site_a", Refused(code="data"))
+    assert len(data) < 400
+
+
+def test_a_model_of_many_long_names_fits_its_limit() -> None:
+    model = {f"{n:03d}" + "\N{SNOWMAN}" * 253: np.zeros(1, np.float32) for n in range(50)}
+    plan = built_plan(model)
+    data = answer("a" * 64, "s" * 64, body_of("train"), model)
+    open_answer(data, plan, task="a" * 64, stage="train", site=None)
+
+
+def test_digests_depend_on_names_shapes_types_and_values() -> None:
+    model = {"a": np.arange(4, dtype=np.float32), "b": np.zeros((0, 3), np.float32)}
+    digests = {
+        digest_of(model),
+        digest_of({"a": model["a"]}),
+        digest_of({"c": model["a"], "b": model["b"]}),
+        digest_of({**model, "a": model["a"].reshape(2, 2)}),
+        digest_of({**model, "a": model["a"].view(np.int32).astype(np.int64)}),
+        digest_of({**model, "a": -model["a"]}),
+        digest_of({**model, "b": np.zeros((3, 0), np.float32)}),
+    }
+    assert len(digests) == 7
+    big_endian = {
+        name: array.astype(array.dtype.newbyteorder(">")) for name, array in model.items()
+    }
+    turned = {name: np.asfortranarray(array) for name, array in reversed(model.items())}
+    assert digest_of(big_endian) == digest_of(turned) == digest_of(model)
+
+
+def test_seeds_come_from_names_alone() -> None:
+    places = [
+        (0, "a", 1, "x"),
+        (1, "a", 1, "x"),
+        (0, "b", 1, "x"),
+        (0, "a", 2, "x"),
+        (0, "a", 1, "y"),
+    ]
+    seeds = [seed_for(*place) for place in places]
+    assert len(set(seeds)) == 5
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert seed_for(0, "hospital_a", 1, "patches") == seed_for(0, "hospital_a", 1, "patches")
