@@ -170,7 +170,7 @@ class InProcessGrid(Grid):
         """Run the app as a SuperNode would: an exception becomes an error reply."""
         try:
             return self._app(job.message, self._contexts[job.node])
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reason = type(error).__name__
             return Message(Error(code=CRASHED, reason=reason), reply_to=job.message)
 
