@@ -43,7 +43,7 @@ def run(
         data = out / "data"
         if not (data / "sites.csv").exists():
             typer.echo("making phantoms of five hospitals")
-            write_phantoms(data)
+            write_phantoms(data, patients_per_site=12)
     simulations.run(
         plan, data, out / "study", resume=(out / "study").exists(), baselines="pooled,local"
     )
