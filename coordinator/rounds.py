@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from flwr.app import Message
@@ -103,7 +104,7 @@ class Study:
         """
         self._wait_for_nodes()
         if state.position is not None and state.position.stage != "enlist":
-            self._ask(enlist_task(self._plan), "enlist", 0)
+            self._ask(partial(enlist_task, self._plan), "enlist", 0)
         while state.position is not None:
             require_attempts_left(state, self._plan)
             state = self._run_stage(state)
@@ -114,24 +115,21 @@ class Study:
         assert state.position is not None
         started = self._clock.now()
         position = state.position
-        task = open_stage(state, self._plan)
+        task = partial(open_stage, state, self._plan)
         outcome = self._ask(task, position.stage, position.round, position.attempt)
         state = close_stage(state, self._plan, outcome)
         self._store.save(state)
         self._observe(StageClosed(state.history[-1], self._clock.now() - started))
         return state
 
-    def _ask(self, task: bytes, stage: StageName, round_: int, attempt: int = 1) -> Outcome:
+    def _ask(
+        self, task: Callable[[], bytes], stage: StageName, round_: int, attempt: int = 1
+    ) -> Outcome:
         """Send one task to every node and fold what comes back."""
         nodes = self._nodes_for(stage)
         self._observe(StageOpened(round_, stage, attempt, len(nodes)))
-        digest, content = task_digest(task), wrap(task)
         ttl = self._plan.aggregation.round_timeout_s
-        messages = [
-            Message(content, dst_node_id=node, message_type=MESSAGE_TYPE, ttl=ttl, group_id=digest)
-            for node in nodes
-        ]
-        waiting = dict(zip(self._grid.push_messages(messages), nodes, strict=True))
+        digest, size, waiting = self._send(task(), nodes, ttl)
         total = MeanAccumulator(self._plan.built.tensors) if stage == "train" else None
         answers: list[SiteAnswer] = []
         failures: list[SiteFailure] = []
@@ -145,9 +143,21 @@ class Study:
                 logger.warning("round %s %s: %s: %s", round_, stage, failure.site, failure.reason)
                 self._observe(SiteFailed(round_, stage, failure))
                 continue
+            finally:
+                del message  # before the next answer is taken: one is held at a time
             answers.append(answer)
             self._observe(SiteAnswered(round_, stage, answer))
-        return Outcome(len(task) * len(nodes), tuple(answers), tuple(failures), total)
+        return Outcome(size * len(nodes), tuple(answers), tuple(failures), total)
+
+    def _send(self, task: bytes, nodes: list[int], ttl: float) -> tuple[str, int, dict[str, int]]:
+        """Hand a task to Flower and keep nothing of it: digest, size, and message id -> node."""
+        digest, content = task_digest(task), wrap(task)
+        messages = [
+            Message(content, dst_node_id=node, message_type=MESSAGE_TYPE, ttl=ttl, group_id=digest)
+            for node in nodes
+        ]
+        pushed = self._grid.push_messages(messages)
+        return digest, len(task), dict(zip(pushed, nodes, strict=True))
 
     def _arrivals(
         self, waiting: dict[str, int], timeout_s: float
@@ -158,9 +168,10 @@ class Study:
         while waiting and self._clock.now() < deadline:
             arrived = False
             for message_id in list(waiting):
-                for message in self._grid.pull_messages([message_id]):
+                replies = list(self._grid.pull_messages([message_id]))
+                if replies:
                     arrived = True
-                    yield waiting.pop(message_id), message
+                    yield waiting.pop(message_id), replies.pop()
             pause = SHORTEST_POLL_S if arrived else min(2 * pause, LONGEST_POLL_S)
             if waiting and not arrived:
                 self._clock.sleep(min(pause, max(0.0, deadline - self._clock.now())))

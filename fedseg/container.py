@@ -2,7 +2,9 @@
 
 Tasks, answers, models and checkpoints are containers. The header stands under one metadata key, so
 equal contents give equal bytes. Reading is bounded: the size is checked first, then names, shapes
-and dtypes against a schema, and only then are tensors looked at. No pickle, no code.
+and dtypes against a schema, and only then are tensors looked at. No pickle, no code. Models are
+large, so nothing is copied that need not be: what is read are views of the bytes as they came, and
+a file is written from the arrays themselves.
 """
 
 from __future__ import annotations
@@ -10,17 +12,15 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_safetensors
-from safetensors.numpy import save as save_safetensors
 
 from fedseg.arrays import Arrays
 from fedseg.errors import RoundError, TrustError
@@ -29,13 +29,48 @@ from fedseg.plan import TensorSpec
 Header = TypeVar("Header", bound=BaseModel)
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 _KEY = "fedseg"
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "I64": "int64", "U8": "uint8"}
+_ALIGNMENT = 8
+# In the order in which safetensors lays tensors out.
+_DTYPES = {"I64": "int64", "F64": "float64", "F32": "float32", "F16": "float16", "U8": "uint8"}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_PLACES = {dtype: place for place, dtype in enumerate(_CODES)}
+
+Buffer = bytes | memoryview
 
 
 def pack(header: BaseModel, arrays: Arrays | None = None) -> bytes:
-    """Write a header and named arrays; equal inputs give equal bytes."""
-    dense = {name: np.asarray(array, order="C") for name, array in sorted((arrays or {}).items())}
-    return save_safetensors(dense, metadata={_KEY: header.model_dump_json()})
+    """Write a header and named arrays; equal inputs give equal bytes.
+
+    Raises:
+        ValueError: an array is of a type that containers do not carry.
+    """
+    return b"".join(packed(header, arrays))
+
+
+def packed(header: BaseModel, arrays: Arrays | None = None) -> list[Buffer]:
+    """The pieces whose sum is `pack`: the head, then views of the arrays, which must not change.
+
+    Byte for byte what the safetensors library writes.
+
+    Raises:
+        ValueError: an array is of a type that containers do not carry.
+    """
+    dense = {name: np.asarray(array, order="C") for name, array in (arrays or {}).items()}
+    if not all(array.dtype.name in _CODES for array in dense.values()):
+        raise ValueError(f"containers carry {', '.join(_CODES)} alone: convert the arrays")
+    table: dict[str, Any] = {"__metadata__": {_KEY: header.model_dump_json()}}
+    pieces: list[Buffer] = []
+    end = 0
+    for name in sorted(dense, key=lambda name: (_PLACES[dense[name].dtype.name], name)):
+        array, start = dense[name], end
+        end += array.nbytes
+        code, shape = _CODES[array.dtype.name], list(array.shape)
+        table[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
+        little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        pieces.append(little.reshape(-1).view(np.uint8).data)
+    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return [struct.pack("<Q", len(text)), text, *pieces]
 
 
 def peek(data: bytes, header_type: type[Header], *, max_bytes: int) -> Header:
@@ -65,7 +100,7 @@ def unpack(
         max_header_bytes: a larger header is refused unparsed; safetensors itself reads 100 MB.
 
     Returns:
-        The header and the arrays by name.
+        The header and the arrays by name: read-only views of `data`.
 
     Raises:
         TrustError: too large, malformed, another kind of container, or not the schema's tensors.
@@ -73,14 +108,14 @@ def unpack(
     header, layout = _open_header(data, header_type, max_bytes, max_header_bytes)
     if schema is not None:
         _check_schema(layout, schema)
-    try:
-        return header, load_safetensors(data)
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise TrustError(f"the tensors of the message are damaged: {_short(error)}") from None
+    return header, _views(data, layout)
 
 
-def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
+def write_atomically(path: Path, data: bytes | Iterable[Buffer], mode: int = 0o644) -> None:
     """Replace a file in one step: after a crash the old or the new bytes are there, never a part.
+
+    Args:
+        data: the bytes, whole or piece by piece as `packed` gives them.
 
     Raises:
         RoundError: the disk is full or the place cannot be written; the old file is untouched.
@@ -90,7 +125,7 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
@@ -142,6 +177,42 @@ def _layout(data: bytes, max_header_bytes: int) -> dict[str, Any]:
     if not isinstance(layout, dict):
         raise TrustError("the message is not a safetensors file: its header is no mapping")
     return layout
+
+
+def _views(data: bytes, layout: dict[str, Any]) -> dict[str, NDArray[Any]]:
+    """Every tensor, once the table is seen to cover the bytes without a gap or an overlap."""
+    (size,) = struct.unpack("<Q", data[:8])
+    start = end = 8 + size
+    arrays: dict[str, NDArray[Any]] = {}
+    try:
+        table = {name: _entry(entry) for name, entry in layout.items()}
+        for name in sorted(table, key=lambda name: table[name][2]):
+            dtype, shape, (low, high) = table[name]
+            count = prod(shape)
+            fits = start + low == end and high - low == count * dtype.itemsize
+            if not fits or end % dtype.itemsize:
+                raise ValueError("offsets")
+            arrays[name] = np.frombuffer(data, dtype, count, end).reshape(shape)
+            end = start + high
+        if end != len(data):
+            raise ValueError("length")
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise TrustError(
+            "the tensors of the message are damaged: its table does not fit its length"
+        ) from None
+    return arrays
+
+
+def _entry(entry: Any) -> tuple[np.dtype[Any], list[int], tuple[int, int]]:
+    """Dtype, shape and offsets of one tensor of the table; raises where they are absurd."""
+    dtype = np.dtype(_DTYPES[entry["dtype"]]).newbyteorder("<")
+    numbers = [*entry["shape"], *entry["data_offsets"]]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError("numbers")
+    *shape, low, high = numbers
+    if len(entry["data_offsets"]) != 2:
+        raise ValueError("offsets")
+    return dtype, shape, (low, high)
 
 
 def _check_schema(layout: dict[str, Any], schema: Sequence[TensorSpec]) -> None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pydantic import model_validator
 
 from fedseg.arrays import Arrays, digest_of
-from fedseg.container import pack, unpack, write_atomically
+from fedseg.container import packed, unpack, write_atomically
 from fedseg.errors import DataError, TrustError
 from fedseg.plan import Frozen, StudyPlan
 from fedseg.updates import Digest
@@ -48,7 +48,7 @@ def save_model(path: Path, plan: StudyPlan, model: Arrays, *, arm: str, rounds: 
         arm=arm,
         rounds=rounds,
     )
-    write_atomically(path, pack(header, model))
+    write_atomically(path, packed(header, model))
 
 
 def load_model(path: Path) -> tuple[ModelHeader, dict[str, NDArray[Any]]]:

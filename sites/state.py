@@ -14,7 +14,7 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from fedseg.arrays import Arrays
-from fedseg.container import pack, unpack, write_atomically
+from fedseg.container import packed, unpack, write_atomically
 from fedseg.plan import Frozen, StudyPlan
 
 KEPT = 3
@@ -57,7 +57,7 @@ class OptimiserStates:
         if not arrays:
             return
         header = _StateHeader(plan=self._plan.digest, round=round_)
-        write_atomically(self._path(round_), pack(header, arrays), mode=0o600)
+        write_atomically(self._path(round_), packed(header, arrays), mode=0o600)
         for old in sorted(self._stored())[:-KEPT]:
             self._path(old).unlink(missing_ok=True)
 

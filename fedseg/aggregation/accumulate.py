@@ -8,6 +8,7 @@ value may reach MAX_VALUE and no total weight MAX_WEIGHT, so that nothing can ov
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ SCALE_BITS = 36
 MAX_VALUE = 2.0**9
 MAX_WEIGHT = 2**17
 _SCALE = 2.0**SCALE_BITS
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16
 
 
 class MeanAccumulator:
@@ -66,15 +67,15 @@ class MeanAccumulator:
         self.weight += weight
         self.count += 1
 
-    def mean(self) -> dict[str, NDArray[np.float64]]:
-        """The weighted mean, float64.
+    def mean(self) -> Mapping[str, NDArray[np.float64]]:
+        """The weighted mean, float64; each tensor is computed when it is taken, and not kept.
 
         Raises:
             RoundError: nothing was folded.
         """
         if not self.weight:
             raise RoundError("no update was folded: there is no mean")
-        return {name: total / (_SCALE * self.weight) for name, total in self._sums.items()}
+        return _Mean(self._sums, _SCALE * self.weight)
 
     @staticmethod
     def _add(total: NDArray[np.int64], values: NDArray[Any], weight: int) -> None:
@@ -83,3 +84,19 @@ class MeanAccumulator:
             part = values[start : start + _CHUNK].astype(np.float64)
             part *= _SCALE
             total[start : start + _CHUNK] += np.rint(part, out=part).astype(np.int64) * weight
+
+
+class _Mean(Mapping[str, NDArray[np.float64]]):
+    """Sums over their weight: a mean that needs no memory of its own."""
+
+    def __init__(self, sums: Mapping[str, NDArray[np.int64]], divisor: float) -> None:
+        self._sums, self._divisor = sums, divisor
+
+    def __getitem__(self, name: str) -> NDArray[np.float64]:
+        return np.asarray(self._sums[name] / self._divisor)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sums)
+
+    def __len__(self) -> int:
+        return len(self._sums)

@@ -50,20 +50,22 @@ class ServerState:
 
 
 def apply_update(state: ServerState, mean: Arrays, rule: Aggregation) -> ServerState:
-    """One server step with the mean of the sites' updates (same names and shapes as the model)."""
-    momentum = None
-    step = {name: np.asarray(value, np.float64) for name, value in mean.items()}
-    if rule.server_momentum:
-        before = state.momentum or {name: np.zeros_like(value) for name, value in step.items()}
-        momentum = {name: rule.server_momentum * before[name] + step[name] for name in step}
-        step = momentum
+    """One server step with the mean of the sites' updates (same names and shapes as the model).
+
+    Goes tensor by tensor, so that little more is held than the old state and the new one.
+    """
     model: Model = {}
+    momentum: Model = {}
+    average: Model = {}
     for name, old in state.model.items():
-        new = old.astype(np.float64) + rule.server_learning_rate * step[name]
+        step = np.asarray(mean[name], np.float64)
+        if rule.server_momentum:
+            before = state.momentum[name] if state.momentum else np.zeros_like(step)
+            step = momentum[name] = rule.server_momentum * before + step
+        new = old.astype(np.float64) + rule.server_learning_rate * step
         model[name] = new.astype(old.dtype)
-    average = None
-    if rule.weight_averaging:
-        keep = rule.weight_averaging
-        sums = state.average or {name: np.zeros(a.shape, np.float64) for name, a in model.items()}
-        average = {name: keep * sums[name] + (1 - keep) * model[name] for name in model}
-    return ServerState(model, momentum, average, state.steps + 1)
+        if rule.weight_averaging:
+            keep = rule.weight_averaging
+            total = state.average[name] if state.average else np.zeros(old.shape, np.float64)
+            average[name] = keep * total + (1 - keep) * model[name]
+    return ServerState(model, momentum or None, average or None, state.steps + 1)
