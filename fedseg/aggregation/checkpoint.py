@@ -10,21 +10,24 @@ from numpy.typing import NDArray
 
 from fedseg.aggregation.rounds import Position, StudyState
 from fedseg.aggregation.server import Model, ServerState
+from fedseg.arrays import digest_of
 from fedseg.container import pack, unpack, write_atomically
 from fedseg.errors import RoundError, TrustError
 from fedseg.plan import Frozen, StudyPlan
 from fedseg.result import StageRecord
+from fedseg.updates import Digest
 
 _HISTORY_BYTES = 96_000_000
 
 
 class _CheckpointHeader(Frozen):
-    """All of a state but its tensors."""
+    """All of a state but its tensors, of which it has the digest: a disk may lie."""
 
     format: Literal["fedseg-checkpoint/1"] = "fedseg-checkpoint/1"
     plan: str
     position: Position | None
     steps: int
+    tensors: Digest
     history: tuple[StageRecord, ...]
 
 
@@ -38,7 +41,11 @@ def save_state(path: Path, plan: StudyPlan, state: StudyState) -> None:
     parts = {"model": server.model, "momentum": server.momentum, "average": server.average}
     arrays = {f"{part}/{k}": v for part, some in parts.items() for k, v in (some or {}).items()}
     header = _CheckpointHeader(
-        plan=plan.digest, position=state.position, steps=server.steps, history=state.history
+        plan=plan.digest,
+        position=state.position,
+        steps=server.steps,
+        tensors=digest_of(arrays),
+        history=state.history,
     )
     write_atomically(path, pack(header, arrays))
 
@@ -66,8 +73,8 @@ def load_state(path: Path, plan: StudyPlan) -> StudyState:
             "the checkpoint is of another plan: give the plan it was made with, or another --out"
         )
     model = _part(arrays, "model")
-    if model is None:
-        raise TrustError("the checkpoint holds no model: it is damaged")
+    if model is None or digest_of(arrays) != header.tensors:
+        raise TrustError("the checkpoint is damaged: its tensors are not the ones that were stored")
     server = ServerState(model, _part(arrays, "momentum"), _part(arrays, "average"), header.steps)
     return StudyState(header.position, server, header.history)
 
