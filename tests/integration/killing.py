@@ -25,6 +25,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch._dynamo  # torch.optim brings it in on first use
+
 import fedseg.cli
 import fedseg.evaluation.evaluate
 import fedseg.reports.curves
@@ -33,7 +35,7 @@ import fedseg.simulation.display
 import fedseg.simulation.study
 import sites.trainer
 
-READY = (fedseg.evaluation, fedseg.reports, fedseg.simulation, sites.trainer)
+READY = (torch._dynamo, fedseg.evaluation, fedseg.reports, fedseg.simulation, sites.trainer)
 CHANGES = {"open", "os.rename", "os.mkdir", "os.remove", "os.chmod", "os.truncate"}
 
 
@@ -110,7 +112,7 @@ def main() -> None:
             if len(killed) % 2:
                 delay_s = rng.uniform(0, duration_s)
             else:
-                event = rng.randint(1, 60)
+                event = rng.randint(1, 200)  # of about 470
         place = folder / str(study)
         status = run([*arguments, "--resume"], place, event, delay_s)
         if status is None:
