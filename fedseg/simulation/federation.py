@@ -36,11 +36,14 @@ logger = logging.getLogger(__name__)
 Engine = Literal["inprocess", "ray"]
 CHECKPOINT = "checkpoint.safetensors"
 _PARTITION = "partition-id"
+_LOOPBACK = "127.0.0.1"
 _QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: Ray takes 127.0.0.1 for its node
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
 
@@ -246,6 +249,11 @@ def _run_on_ray(federation: Federation, run: Callable[[Grid], None]) -> None:
         from flwr.simulation import run_simulation
     except ImportError:
         raise MissingExtraError("simulation", "ray") from None
+    if ray.util.get_node_ip_address() != _LOOPBACK:
+        raise RuntimeError(
+            "Ray was imported before the study began and would listen on the network: run the "
+            "study in a process of its own"
+        )
     failure: list[BaseException] = []
 
     def guarded(grid: Grid) -> None:
@@ -265,7 +273,7 @@ def _run_on_ray(federation: Federation, run: Callable[[Grid], None]) -> None:
             backend_config={
                 "init_args": {
                     "include_dashboard": False,
-                    "_node_ip_address": "127.0.0.1",
+                    "_node_ip_address": _LOOPBACK,
                     "log_to_driver": False,
                     "logging_level": logging.ERROR,
                 },
