@@ -249,7 +249,7 @@ def _run_on_ray(federation: Federation, run: Callable[[Grid], None]) -> None:
         from flwr.simulation import run_simulation
     except ImportError:
         raise MissingExtraError("simulation", "ray") from None
-    if ray.util.get_node_ip_address() != _LOOPBACK:
+    if ray.util.get_node_ip_address() != _LOOPBACK:  # type: ignore[no-untyped-call]
         raise RuntimeError(
             "Ray was imported before the study began and would listen on the network: run the "
             "study in a process of its own"

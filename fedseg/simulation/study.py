@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from coordinator.events import Event
 from fedseg.arrays import digest_of
 from fedseg.container import write_atomically
-from fedseg.errors import DataError, PlanError
+from fedseg.errors import DataError, MissingExtraError, PlanError
 from fedseg.imaging.cases import Cohort, Manifest
 from fedseg.imaging.manifests import read_manifest
 from fedseg.imaging.quality import inspect, usable
@@ -107,9 +108,11 @@ def simulate(
         PlanError: the plan does not fit the data or the network.
         DataError: the data cannot be used, or OUT has a finished or begun study.
         RoundError: too few sites answered; go on with `resume`.
+        MissingExtraError: Ray or TensorBoard is not installed.
     """
     options, out = options or Options(), Path(out)
     started, clock = datetime.now(UTC), time.monotonic()
+    _require_packages(options.engine)
     plan, initial = _built(plan, options.initial)
     _refuse_occupied(out, plan, resume=options.resume)
     watch(Progress("federated", "checking the data"))
@@ -169,6 +172,13 @@ def simulate(
     watch(Progress("federated", "writing the report"))
     _write(result, trained, whole, scorer, out)
     return result
+
+
+def _require_packages(engine: Engine) -> None:
+    """Miss what a study needs at its end before it begins."""
+    for module in ("tensorboard", *(("ray",) if engine == "ray" else ())):
+        if find_spec(module) is None:
+            raise MissingExtraError("simulation", module)
 
 
 def _built(
