@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -81,6 +82,9 @@ def write_example(path: Path, text: str) -> None:
 
 def _with_initial(text: str, record: InitialModel) -> str:
     """The plan's text with its `initial` block replaced, or added at the end."""
+    if text.lstrip().startswith("{"):  # JSON, as a study's own plan.json: it has no comments
+        value = yaml.safe_load(text) | {"initial": record.model_dump(mode="json")}
+        return json.dumps(value, indent=2) + "\n"
     lines = [_NOTE + "initial:", f"  digest: {record.digest}", "  tensors:"]
     for spec in record.tensors:
         flow = {"name": spec.name, "shape": list(spec.shape), "dtype": spec.dtype}
