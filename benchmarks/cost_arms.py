@@ -283,6 +283,8 @@ def _fedseg(work: Path, out: Path, engine: str) -> Said:
 
     federation = Federation(plan, initial, cohorts, out / "study", work / "cache")
     if engine == "inprocess":
+        import sites.trainer  # noqa: F401 - so that `ready` stands after the imports, as in `plain`
+
         mark("ready")
     history = run_federation(federation, engine=engine, observe=observe).state.history
     trained = [stage for stage in history if stage.stage == "train"]

@@ -97,8 +97,9 @@ def load_tensors(network: nn.Module, arrays: Arrays) -> None:
     Raises:
         TrustError: the names, shapes or dtypes are not exactly the network's; nothing was copied.
     """
-    expected, came = _describe(state_tensors(network)), _describe(arrays)
-    if expected != came:
+    own = {name: tensor.detach().cpu().numpy() for name, tensor in network.state_dict().items()}
+    if not _alike(own, arrays):
+        expected, came = _describe(own), _describe(arrays)
         wrong = sorted(
             name for name in expected.keys() | came.keys() if expected.get(name) != came.get(name)
         )
@@ -164,6 +165,14 @@ def _check_shape(network: nn.Module, task: Task) -> None:
             f"the network answers a patch with the shape {list(shape)}, expected {list(expected)} "
             "(one class a label, and the background); change model.options"
         )
+
+
+def _alike(some: Arrays, others: Arrays) -> bool:
+    """True where names, dtypes and shapes are the same."""
+    return some.keys() == others.keys() and all(
+        array.dtype == others[name].dtype and array.shape == others[name].shape
+        for name, array in some.items()
+    )
 
 
 def _describe(arrays: Arrays) -> dict[str, str]:
