@@ -220,7 +220,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5, help="runs of each arm")
     parser.add_argument("--only", type=names, default=list(ARMS), help="arms, divided by commas")
     parser.add_argument("--out", type=Path, help="keeps runs; call again to resume")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20, help="a site and round")
     parser.add_argument("--patients", type=int, default=8, help="about how many a site")
     parser.add_argument("--patch", type=numbers, default=[32, 48, 32])

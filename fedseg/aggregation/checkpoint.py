@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fedseg.aggregation.rounds import Position, StudyState
 from fedseg.aggregation.server import Model, ServerState
 from fedseg.arrays import digest_of
-from fedseg.container import pack, unpack, write_atomically
+from fedseg.container import packed, unpack, write_atomically
 from fedseg.errors import RoundError, TrustError
 from fedseg.plan import Frozen, StudyPlan
 from fedseg.result import StageRecord
@@ -47,7 +47,7 @@ def save_state(path: Path, plan: StudyPlan, state: StudyState) -> None:
         tensors=digest_of(arrays),
         history=state.history,
     )
-    write_atomically(path, pack(header, arrays))
+    write_atomically(path, packed(header, arrays))
 
 
 def load_state(path: Path, plan: StudyPlan) -> StudyState:
