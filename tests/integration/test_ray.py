@@ -39,7 +39,7 @@ class Watched:
         child = subprocess.Popen(
             command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        deadline = time.monotonic() + 280
+        deadline = time.monotonic() + 400
         while child.poll() is None and time.monotonic() < deadline:
             self.family |= _family(child.pid)
             for pid in self.family:
@@ -147,6 +147,7 @@ def test_ray_gives_the_same_bits_and_keeps_to_itself(
     assert there["result"] == here["result"]
     assert load_result(out / "result.json").run.engine == "ray"
     assert ray.strangers == set()
+    assert "DEPRECATED" not in ray.output
     assert ray.workers
     for seen in ray.workers.values():
         assert {name: seen.get(name) for name in QUIET} == QUIET
@@ -175,8 +176,9 @@ def test_ray_with_momentum_fedprox_and_a_broken_site(data: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_site_that_hangs_on_ray_is_not_waited_for(data: Path, tmp_path: Path) -> None:
-    plan = tiny_plan(aggregation={"round_timeout_s": 30.0, "rounds": 2})
+    plan = tiny_plan(aggregation={"round_timeout_s": 60.0, "rounds": 2})
     path = write_plan(tmp_path / "study.yaml", plan)
     command = ("simulate", path, "--data", data, "--out", tmp_path / "out", "--engine", "ray")
     ray = Watched(*command, "--fault", "hospital_b:hang@2")
