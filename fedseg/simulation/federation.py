@@ -23,7 +23,7 @@ from coordinator.rounds import Study
 from fedseg.aggregation.checkpoint import load_state, save_state
 from fedseg.aggregation.rounds import StudyState, first_state, fresh_attempts
 from fedseg.aggregation.server import Model
-from fedseg.errors import MissingExtraError, PlanError, RoundError
+from fedseg.errors import DataError, MissingExtraError, PlanError, RoundError
 from fedseg.imaging.cases import Cohort
 from fedseg.plan import StudyPlan
 from fedseg.simulation.inprocess import InProcessGrid
@@ -140,6 +140,7 @@ def require_sites(federation: Federation) -> None:
 
     Raises:
         PlanError: the plan wants more sites than there are, or a fault one that is not there.
+        DataError: too few of the sites have a patient to train on.
     """
     names = [cohort.site for cohort in federation.cohorts]
     needed = federation.plan.aggregation.minimum_sites
@@ -147,6 +148,13 @@ def require_sites(federation: Federation) -> None:
         raise PlanError(
             f"aggregation.minimum_sites is {needed}, but the data have {len(names)} "
             "sites: lower it, or divide the data with --partition iid --sites N"
+        )
+    idle = [c.site for c in federation.cohorts if not c.split("train").cases]
+    if len(names) - len(idle) < needed:
+        raise DataError(
+            f"{len(names) - len(idle)} of {len(names)} sites have a usable training patient, the "
+            f"plan needs {needed}; none at {', '.join(idle)}: `fedseg-site check` names each case "
+            "with its remedy"
         )
     strangers = sorted({fault.site for fault in federation.faults} - set(names))
     if strangers:
@@ -288,12 +296,16 @@ def _run_on_ray(federation: Federation, run: Callable[[Grid], None]) -> None:
 
 @contextmanager
 def _quiet() -> Any:
-    """No telemetry and no update checks, for us and for every process that we start."""
+    """No telemetry, update checks or news of Flower's, for us and for every process we start."""
     before = {name: os.environ.get(name) for name in _QUIET}
+    flower = logging.getLogger("flwr")
+    level = flower.level
     os.environ.update(_QUIET)
+    flower.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        flower.setLevel(level)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)

@@ -124,6 +124,11 @@ def simulate(
         sites=options.sites,
         seed=plan.training.seed,
     )
+    unlisted = {f.case for f in manifest.findings if f.severity == "error"}
+    unlisted -= {"", *(case.name for case in manifest.cases)}
+    if unlisted:
+        text = f"{len(unlisted)} cases cannot even be listed: `fedseg-site check` names each"
+        watch(Progress("federated", text))
     cohorts, left_out = _usable_cohorts(
         manifest, plan, lambda case: watch(Progress("federated", f"checking {case}"))
     )
