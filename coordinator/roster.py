@@ -1,4 +1,7 @@
-"""Which node is which site. A site has one node; a node cannot change its site."""
+"""Which node is which site, and how many patients it enlisted with.
+
+A site has one node; a node cannot change its site, and a site cannot outgrow what it enlisted with.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,10 @@ class Roster:
 
     def __init__(self) -> None:
         self._sites: dict[int, str] = {}
+        self._patients: dict[int, int] = {}
 
-    def add(self, node_id: int, site: str) -> None:
-        """Remember a site's node.
+    def add(self, node_id: int, site: str, patients: int) -> None:
+        """Remember a site's node and its training patients.
 
         Raises:
             AnswerError: code `site`: the node has another site, or the site another node.
@@ -22,10 +26,15 @@ class Roster:
         if site in self._sites.values() and node_id not in self._sites:
             raise AnswerError("site", f"two nodes claim to be {site}")
         self._sites[node_id] = site
+        self._patients[node_id] = patients
 
     def site_of(self, node_id: int) -> str | None:
         """The node's site, or None while it has not enlisted."""
         return self._sites.get(node_id)
+
+    def patients_of(self, node_id: int) -> int:
+        """The training patients that the node's site enlisted with."""
+        return self._patients[node_id]
 
     def __len__(self) -> int:
         return len(self._sites)

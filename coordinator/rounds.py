@@ -190,13 +190,22 @@ class Study:
         data = _data_of(message)
         site = self._roster.site_of(node)
         header, delta = open_answer(data, self._plan, task=digest, stage=stage, site=site)
-        if site is None:
-            self._roster.add(node, header.site)
+        if isinstance(header.body, Enlisted):
+            self._roster.add(node, header.site, header.body.patients.get("train", 0))
         if total is not None and isinstance(header.body, Trained):
-            if header.body.patients < 1:
-                raise AnswerError("data", "the site has no training patients")
+            self._check_patients(node, header.body.patients)
             total.fold(delta, weight_of(header.body, self._plan))
         return _answer_of(header, len(data))
+
+    def _check_patients(self, node: int, claimed: int) -> None:
+        """A site weighs what it enlisted with: nobody takes a round over by claiming more."""
+        enlisted = self._roster.patients_of(node)
+        if claimed < 1:
+            raise AnswerError("data", "the site has no training patients")
+        if claimed != enlisted:
+            raise AnswerError(
+                "data", f"the site enlisted with {enlisted} training patients and claims {claimed}"
+            )
 
     def _nodes_for(self, stage: StageName) -> list[int]:
         """Everybody while sites enlist, afterwards the enlisted ones that are on line."""

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from fedseg.arrays import Arrays
-from fedseg.errors import RoundError, TrustError
+from fedseg.errors import StorageError, TrustError
 from fedseg.plan import TensorSpec
 
 Header = TypeVar("Header", bound=BaseModel)
@@ -122,7 +122,7 @@ def write_atomically(path: Path, data: bytes | Iterable[Buffer], mode: int = 0o6
         data: the bytes, whole or piece by piece as `packed` gives them.
 
     Raises:
-        RoundError: the disk is full or the place cannot be written; the old file is untouched.
+        StorageError: the disk is full or the place cannot be written; the old file is untouched.
     """
     draft = path.with_name(path.name + ".part")
     try:
@@ -141,7 +141,7 @@ def write_atomically(path: Path, data: bytes | Iterable[Buffer], mode: int = 0o6
     except OSError as error:
         with suppress(OSError):
             draft.unlink()
-        raise RoundError(
+        raise StorageError(
             f"cannot write {path.name}: {error.strerror}; the file before it is untouched, "
             "make room or mend the rights and go on with --resume"
         ) from error

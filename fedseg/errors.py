@@ -31,6 +31,10 @@ class RoundError(FedsegError):
     """A round cannot be finished: too few sites, an answer that does not fit, a full disk."""
 
 
+class StorageError(RoundError):
+    """A file could not be written; the one before it is untouched."""
+
+
 class MissingExtraError(FedsegError):
     """A part of fedseg was asked for whose packages are not installed."""
 

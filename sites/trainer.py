@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fedseg.arrays import Arrays
-from fedseg.errors import DataError, FedsegError, PlanError, RoundError, TrustError
+from fedseg.errors import DataError, FedsegError, PlanError, RoundError, StorageError, TrustError
 from fedseg.evaluation.evaluate import evaluate_cohort
 from fedseg.imaging.cache import CaseCache
 from fedseg.imaging.cases import Cohort
@@ -156,6 +156,7 @@ def _code_of(error: Exception) -> RefusalCode:
         (PlanError, "plan"),
         (TrustError, "task"),
         (DataError, "data"),
+        (StorageError, "failed"),
         (RoundError, "not_finite"),
     )
     return next((code for kind, code in codes if isinstance(error, kind)), "failed")
