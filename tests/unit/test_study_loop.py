@@ -249,7 +249,7 @@ FAULTS: dict[str, tuple[Site, str]] = {
     ),
     "no patients": (trained(patients=0), "data"),
     "too many patients": (trained(patients=2**31 - 1), "data"),
-    "more patients than fit": (trained(patients=MAX_WEIGHT + 1), "overflow"),
+    "more patients than fit": (trained(patients=MAX_WEIGHT + 1), "data"),
     "huge values": (
         trained({k: np.full_like(v, 1e30) for k, v in tiny_model().items()}),
         "overflow",
