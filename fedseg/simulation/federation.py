@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,10 +166,15 @@ def require_sites(federation: Federation) -> None:
 
 
 class SimulatedSites:
-    """Finds the trainer of a Flower node; it travels to Ray's workers, trainers are made there."""
+    """Finds the trainer of a Flower node; it travels to Ray's workers, trainers are made there.
 
-    def __init__(self, federation: Federation) -> None:
-        self._federation = federation
+    Args:
+        federation: the sites.
+        patience_s: how long a task may keep its worker; None where the engine itself sees to it.
+    """
+
+    def __init__(self, federation: Federation, patience_s: float | None = None) -> None:
+        self._federation, self._patience_s = federation, patience_s
 
     def __call__(self, context: Context) -> Handle:
         """The `handle` of the site with this node's partition number."""
@@ -175,7 +182,9 @@ class SimulatedSites:
         key = (str(self._federation.folder), cohort.site)
         if key not in _TRAINERS:
             _TRAINERS[key] = _make_handle(self._federation, cohort)
-        return _TRAINERS[key]
+        if self._patience_s is None:
+            return _TRAINERS[key]
+        return _bounded(_TRAINERS[key], self._patience_s)
 
 
 _TRAINERS: dict[tuple[str, str], Handle] = {}
@@ -199,6 +208,24 @@ def _make_handle(federation: Federation, cohort: Cohort) -> Handle:
     )
     own = [fault for fault in federation.faults if fault.site == cohort.site]
     return with_faults(trainer.handle, own) if own else trainer.handle
+
+
+def _bounded(handle: Handle, patience_s: float) -> Handle:
+    """The same `handle`, but a task that takes too long raises TimeoutError and is left behind."""
+
+    def bounded(task: bytes) -> bytes:
+        answer: Future[bytes] = Future()
+
+        def work() -> None:
+            try:
+                answer.set_result(handle(task))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=work, daemon=True, name="fedseg-task").start()
+        return answer.result(timeout=patience_s)
+
+    return bounded
 
 
 def site_folder(folder: Path, site: str) -> Path:
@@ -270,13 +297,14 @@ def _run_on_ray(federation: Federation, run: Callable[[Grid], None]) -> None:
         except BaseException as error:
             failure.append(error)
 
+    patience_s = federation.plan.aggregation.round_timeout_s
     resources: dict[str, Any] = {"num_cpus": federation.plan.training.threads, "num_gpus": 0.0}
     if federation.device != "cpu":
         resources["num_gpus"] = 1.0 / len(federation.cohorts)
     try:
         run_simulation(
             server_app=make_server_app(guarded),
-            client_app=make_client_app(SimulatedSites(federation)),
+            client_app=make_client_app(SimulatedSites(federation, patience_s)),
             num_supernodes=len(federation.cohorts),
             backend_config={
                 "init_args": {
