@@ -8,6 +8,7 @@ hospital which hangs holds nobody up; the order in which nodes are served never 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -19,6 +20,10 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+
+from fedseg.simulation.rehearsal import RehearsedCrashError
+
+logger = logging.getLogger(__name__)
 
 CRASHED = 2
 _RUN_ID = 1
@@ -172,6 +177,8 @@ class InProcessGrid(Grid):
             return self._app(job.message, self._contexts[job.node])
         except (Exception, SystemExit) as error:
             reason = type(error).__name__
+            if not isinstance(error, RehearsedCrashError):
+                logger.error("a site failed outside its trainer", exc_info=error)
             return Message(Error(code=CRASHED, reason=reason), reply_to=job.message)
 
 

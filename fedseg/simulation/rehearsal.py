@@ -25,6 +25,10 @@ _ANY_SIZE = 2**62
 _HANG_S = 10.0**6
 
 
+class RehearsedCrashError(RuntimeError):
+    """The crash of `--fault SITE:crash`."""
+
+
 class Fault(Frozen):
     """One hospital's fault, in one round or (None) in all."""
 
@@ -62,7 +66,7 @@ def with_faults(handle: Handle, faults: Sequence[Fault]) -> Handle:
         if header.stage != "train" or not due:
             return handle(task)
         if due[0] == "crash":
-            raise RuntimeError("a rehearsed crash")
+            raise RehearsedCrashError("a rehearsed crash")
         if due[0] == "hang":
             time.sleep(_HANG_S)
         if due[0] == "replay" and last:
