@@ -62,8 +62,8 @@ class Watched:
             return  # it ended while we looked
 
     def left_over(self) -> list[str]:
-        """Processes of the family that still live, five seconds later at most."""
-        for _ in range(25):
+        """Processes of the family that still live, half a minute later at most."""
+        for _ in range(150):
             alive = [_command(pid) for pid in self.family if _alive(pid)]
             if not alive:
                 return []
