@@ -286,8 +286,9 @@ def _fedseg(work: Path, out: Path, engine: str) -> Said:
         import sites.trainer  # noqa: F401 - so that `ready` stands after the imports, as in `plain`
 
         mark("ready")
-    history = run_federation(federation, engine=engine, observe=observe).state.history
-    trained = [stage for stage in history if stage.stage == "train"]
+    finished = run_federation(federation, engine=engine, observe=observe)
+    print(f'\n{{"in_training_s": {finished.cpu_s}}}')
+    trained = [stage for stage in finished.state.history if stage.stage == "train"]
     steps = sum(answer.steps for stage in trained for answer in stage.answers)
     return steps, {answer.site: answer.loss for answer in trained[0].answers}
 

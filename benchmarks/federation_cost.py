@@ -13,6 +13,10 @@ and for Ray and Flower the start of the workers too, up to the first training ta
 such moment (it starts its sites while they train), so that it has a `total` alone. Evaluation is
 off: cohorts have no patients to evaluate. What fedseg writes as it goes along (the sites' optimiser
 states, the coordinator's state after every stage) is NOT left out: it is part of its cost here.
+
+On a busy machine CPU time itself wanders by some percent between equal runs. `around` does not: it
+is what the in-process arm spent outside its training function, in percent of what it spent inside,
+both in the same run.
 """
 
 from __future__ import annotations
@@ -167,6 +171,10 @@ def _arm(own: list[dict[str, Any]], plain: list[dict[str, Any]]) -> dict[str, An
             found[f"{key}_ratio"] = round(statistics.median(shares), 4)
             beside = statistics.median(run[key] for run in plain)
             found[f"{key}_ratio_of_medians"] = round(found[key] / beside, 4)
+    inside = [run for run in own if "in_training_s" in run and run["processes"] == 1]
+    if inside:
+        shares = [run["study_s"] / run["in_training_s"] - 1 for run in inside]
+        found["around_percent"] = round(100 * statistics.median(shares), 2)
     if pairs:
         keys = ("steps", "first")
         found["same_work"] = all(run[key] == one[key] for run, one in pairs for key in keys)
@@ -190,6 +198,7 @@ def table(result: dict[str, Any]) -> str:
             f"{name:10} {arm['runs']:4d} {arm['steps']:5d} {study[0]:8.2f} {study[1]:6.3f} "
             f"{total[0]:8.2f} {total[1]:6.3f} {peak[0]:8.0f} {peak[1]:6.2f}  "
             f"{'yes' if arm.get('same_work') else 'no'}"
+            + (f"  around {arm['around_percent']} %" if "around_percent" in arm else "")
         )
     lines += [f"{name}: left out, {reason}" for name, reason in result["left_out"].items()]
     return "\n".join(lines)

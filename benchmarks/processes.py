@@ -14,6 +14,7 @@ import secrets
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class Cost:
         cpu_at: CPU that had been spent when the command printed a mark, by mark.
         peak_mb: largest sum of PSS, MB (10**6 bytes).
         processes: how many were seen.
-        said: the object in the last line that the command printed.
+        said: the members of all JSON objects that the command printed, each on a line.
     """
 
     cpu_s: float
@@ -59,7 +60,7 @@ def measure(
     """Run a command to its end.
 
     Args:
-        command: prints one JSON object as its last line.
+        command: prints JSON objects, each on a line, among whatever else.
         environment: added to this process's own.
         log: gets everything that it prints.
 
@@ -95,7 +96,7 @@ def measure(
         peak_mb=tree.peak_bytes / 1e6,
         processes=len(tree.spent),
         wall_s=time.monotonic() - started,
-        said=json.loads(next(line for line in reversed(lines) if line.startswith("{"))),
+        said=_objects(lines),
     )
 
 
@@ -143,6 +144,16 @@ class _Tree:
             if self._known[pid] and Path(f"/proc/{pid}").exists():
                 found.append(pid)
         return found
+
+
+def _objects(lines: Sequence[str]) -> dict[str, Any]:
+    """The members of all lines that are JSON objects; later ones win."""
+    found: dict[str, Any] = {}
+    for line in lines:
+        if line.startswith("{"):
+            with suppress(ValueError):
+                found |= json.loads(line)
+    return found
 
 
 def _take_marks(log: Path, marks: dict[str, float], tree: _Tree) -> None:
