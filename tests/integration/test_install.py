@@ -63,7 +63,7 @@ def _environment(folder: Path, wheel: Path, extra: str, *first: str) -> Path:
 
 @pytest.mark.parametrize("extra", ["", "[coordinator]"])
 def test_the_light_install_is_small_and_names_what_is_missing(
-    extra: str, wheel: Path, tmp_path: Path
+    extra: str, wheel: Path, data: Path, tmp_path: Path
 ) -> None:
     programs = _environment(tmp_path / "venv", wheel, extra)
     there = json.loads(_run(programs / "pip", "list", "--format", "json", cwd=tmp_path).stdout)
@@ -81,7 +81,7 @@ def test_the_light_install_is_small_and_names_what_is_missing(
     told = _run(programs / "fedseg", "simulate", *study, cwd=tmp_path, status=1).stderr
     assert "pip install 'fedseg[simulation]'" in told
     assert "Traceback" not in told
-    told = _run(programs / "fedseg-site", "check", tmp_path, cwd=tmp_path, status=1).stderr
+    told = _run(programs / "fedseg-site", "check", data, cwd=tmp_path, status=1).stderr
     assert "pip install 'fedseg[site]'" in told
 
 
