@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fedseg.aggregation.checkpoint import load_state
-from fedseg.errors import FedsegError
 from fedseg.plan import load_plan
+from fedseg.shell import run
 
 app = typer.Typer(
     name="fedseg-coordinator",
@@ -43,9 +42,5 @@ def status(
 
 
 def main() -> None:
-    """Run the command line; what the user can mend is said on one line, with exit status 1."""
-    try:
-        app()
-    except FedsegError as error:
-        typer.secho(str(error), fg="red", err=True)
-        sys.exit(1)
+    """Run the command line; what the user can mend is said in red, with exit status 1."""
+    run(app, extra="coordinator")

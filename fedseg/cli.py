@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 import typer
-from rich.console import Console
 
 from fedseg import __version__
 from fedseg.commands import demo, models, phantoms, plans, simulations
-from fedseg.errors import FedsegError, MissingExtraError
+from fedseg.shell import run
 
 app = typer.Typer(
     name="fedseg",
@@ -44,32 +41,4 @@ def fedseg(
 
 def main() -> None:
     """Run the command line; what the user can mend is said in red, with exit status 1."""
-    run(app, extra="simulation")
-
-
-def run(command: typer.Typer, *, extra: str) -> None:
-    """Run a command line of fedseg; errors that a user can mend are one red message, status 1.
-
-    Args:
-        command: the Typer application.
-        extra: what to install where a package is missing.
-    """
-    try:
-        command()
-    except FedsegError as error:
-        _fail(error)
-    except ModuleNotFoundError as error:
-        module = (error.name or "").partition(".")[0]
-        if not module or module in ("fedseg", "sites", "coordinator"):
-            raise
-        _fail(MissingExtraError(extra, module))
-    except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; `--resume` goes on where it stood", style="yellow")
-        sys.exit(130)
-
-
-def _fail(error: FedsegError) -> None:
-    """One red message on the error stream."""
-    console = Console(stderr=True)
-    console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
-    sys.exit(1)
+    run(app, extra="simulation", stopped="stopped; a simulation goes on with `--resume`")

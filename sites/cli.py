@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import typer
-from rich.console import Console
 
-from fedseg.errors import FedsegError, MissingExtraError
+from fedseg.shell import run
 from sites import check
-
-OWN = frozenset({"fedseg", "sites", "coordinator"})
 
 app = typer.Typer(
     name="fedseg-site",
@@ -30,19 +25,4 @@ def fedseg_site() -> None:
 
 def main() -> None:
     """Run the command line; what the user can mend is said in red, with exit status 1."""
-    try:
-        app()
-    except FedsegError as error:
-        _fail(error)
-    except ModuleNotFoundError as error:
-        module = (error.name or "").partition(".")[0]
-        if not module or module in OWN:
-            raise
-        _fail(MissingExtraError("site", module))
-
-
-def _fail(error: FedsegError) -> None:
-    """One red line on the error stream."""
-    console = Console(stderr=True)
-    console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
-    sys.exit(1)
+    run(app, extra="site")
