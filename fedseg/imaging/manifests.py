@@ -58,7 +58,8 @@ def read_manifest(
         partition: "iid" or "dirichlet:ALPHA" to deal patients out to `sites` sites; replaces the
             sites that the data name.
         sites: how many sites the partition makes.
-        seed: of the partition, and of the split where the data name none.
+        seed: of the partition, and of the split where the data name none; that split is the same
+            for the same patients, whatever their sites.
 
     Raises:
         DataError: nothing usable; the message names what is wrong and the remedy.
@@ -105,7 +106,7 @@ def survey(
         site_of = assign_sites(_label_sizes(rows, patients), partition, sites, seed)
     split_of: Mapping[str, str] = {patients[row.name]: row.split or "" for row in rows}
     if not all(split_of.values()):
-        split_of = assign_splits(site_of, seed)
+        split_of = assign_splits((row.patient or row.name for row in listing.rows), seed)
     cases = [_case(row, patients[row.name], site_of, split_of) for row in rows]
     return ListedManifest(
         root=folder,

@@ -10,7 +10,7 @@ sites of unequal size and anatomy, a large one approaches iid. No site is left w
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -73,19 +73,17 @@ def assign_sites(
     return {patient: f"site_{place[patient] + 1:0{width}d}" for patient in patients}
 
 
-def assign_splits(site_of: Mapping[str, str], seed: int) -> dict[str, Split]:
-    """Give every patient a split: 20 % of each site's patients are `val`, the others `train`.
+def assign_splits(patients: Iterable[str], seed: int) -> dict[str, Split]:
+    """Give every patient a split: 20 % of all patients are `val`, the others `train`.
 
-    The patients of a site are ranked by a seeded hash of their name and the first fifth, rounded,
-    is held back; a site of two patients or more holds back at least one.
+    Patients are ranked by a seeded hash of their name, and the first fifth, rounded, is held back;
+    of two patients or more at least one. Sites play no part: whoever divides the same patients
+    otherwise, or not at all, measures on the same ones. A small site may hold back nobody.
     """
-    result: dict[str, Split] = {}
-    for site in sorted(set(site_of.values())):
-        own = [patient for patient in site_of if site_of[patient] == site]
-        ranked = sorted(own, key=lambda patient: (seed_for(seed, patient, 0, "split"), patient))
-        held = max(round(VALIDATION_SHARE * len(own)), 1) if len(own) > 1 else 0
-        result.update({p: "val" if i < held else "train" for i, p in enumerate(ranked)})
-    return result
+    everyone = set(patients)
+    ranked = sorted(everyone, key=lambda patient: (seed_for(seed, patient, 0, "split"), patient))
+    held = max(round(VALIDATION_SHARE * len(ranked)), 1) if len(ranked) > 1 else 0
+    return {patient: "val" if i < held else "train" for i, patient in enumerate(ranked)}
 
 
 def _dirichlet(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -284,10 +285,44 @@ def test_every_patient_gets_a_site_and_no_site_is_empty(
     turned = dict(reversed(list(sizes.items())))
     assert given_ == assign_sites(turned, f"dirichlet:{alpha}", sites, seed)
     assert set(given_) == set(sizes) and len(set(given_.values())) == sites
-    splits = assign_splits(given_, seed)
-    for site in set(given_.values()):
-        own = [splits[p] for p in given_ if given_[p] == site]
-        assert own.count("val") == (max(round(0.2 * len(own)), 1) if len(own) > 1 else 0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    patients=st.sets(st.text(min_size=1, max_size=6), max_size=30),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_a_fifth_of_the_patients_is_held_back(patients: set[str], seed: int) -> None:
+    splits = assign_splits(sorted(patients), seed)
+    assert splits == assign_splits([*sorted(patients, reverse=True), *patients], seed)
+    assert set(splits) == patients
+    held = list(splits.values()).count("val")
+    assert held == (max(round(0.2 * len(patients)), 1) if len(patients) > 1 else 0)
+
+
+def test_the_split_depends_on_patients_and_seed_but_on_no_site(tmp_path: Path) -> None:
+    """What a study held back under a partition is held back without one, or with other sites."""
+    names = [f"s{n}" for n in range(20)]
+
+    def held_back(table: str, **options: Any) -> set[str]:
+        (tmp_path / "sites.csv").write_text(table)
+        manifest = read_manifest(tmp_path, task(), **options)
+        return {case.patient for case in manifest.cases if case.split == "val"}
+
+    folder_of(tmp_path, *names)
+    plain = "subject,patient\n" + "".join(f"{name},P{name}\n" for name in names)
+    sited = "subject,site,patient\n" + "".join(
+        f"{name},{'ab'[n % 2]},P{name}\n" for n, name in enumerate(names)
+    )
+    found = held_back(plain, seed=7)
+    assert len(found) == 4
+    assert found == held_back(plain, seed=7, partition="iid", sites=3)
+    assert found == held_back(plain, seed=7, partition="dirichlet:0.5", sites=4)
+    assert found == held_back(sited, seed=7)
+    assert found == held_back(sited, seed=7, partition="iid", sites=2)
+    astray = sited.replace("s0,a", "s0,???")
+    assert held_back(astray, seed=7) == found - {"Ps0"}
+    assert found != held_back(plain, seed=8)
 
 
 def test_iid_deals_evenly_and_a_small_alpha_does_not() -> None:
