@@ -56,9 +56,13 @@ def load_model(path: Path) -> tuple[ModelHeader, dict[str, NDArray[Any]]]:
 
     Raises:
         DataError: the file cannot be read.
-        TrustError: it is no model of fedseg, or its tensors are not the ones it names.
+        TrustError: it is too large (then it stays unread), it is no model of fedseg, or its tensors
+            are not the ones it names.
     """
     try:
+        size = path.stat().st_size
+        if size > MAX_MODEL_BYTES:
+            raise TrustError(f"{path.name} has {size} bytes, at most {MAX_MODEL_BYTES} are allowed")
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read the model {path.name}: {error.strerror}") from None

@@ -24,6 +24,7 @@ from fedseg.models.unet import build_unet
 from fedseg.plan import InitialModel, Model, StudyPlan, Task, UNetOptions
 
 GROUP = "fedseg.networks"
+AVERAGED = (torch.float32, torch.float64, torch.float16)
 
 
 class NetworkFactory(Protocol):
@@ -75,11 +76,13 @@ def initial_model(plan: StudyPlan) -> tuple[InitialModel, dict[str, NDArray[np.g
 
     Raises:
         PlanError: see `build_network`; or one forward pass on an empty patch fails or has another
-            shape than (1, 1 + labels, *patch).
+            shape than (1, 1 + labels, *patch); or a parameter or buffer cannot be averaged, since
+            it is not floating point.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(plan.training.seed, "", 0, "initial model"))
         network = build_network(plan.model, plan.task)
+        _check_types(network)
         _check_shape(network, plan.task)
     arrays = state_tensors(network)
     return InitialModel(digest=digest_of(arrays), tensors=schema_of(arrays)), arrays
@@ -146,6 +149,17 @@ def _find(name: str) -> EntryPoint:
         f"the network {name!r} is not installed here; installed: {names}. Install the package "
         f"that offers it (entry-point group {GROUP!r}), or change model.network"
     )
+
+
+def _check_types(network: nn.Module) -> None:
+    """Every tensor that travels can be averaged, and numpy and the container know its type."""
+    for name, tensor in network.state_dict().items():
+        if tensor.dtype not in AVERAGED:
+            raise PlanError(
+                f"the network's tensor {name[:80]!r} is {tensor.dtype}: the mean over hospitals "
+                f"needs {', '.join(str(dtype) for dtype in AVERAGED)}; make it a float, or "
+                "register the buffer with persistent=False where it never changes"
+            )
 
 
 def _check_shape(network: nn.Module, task: Task) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from small_plans import values
 
+from fedseg import modelfile
 from fedseg.arrays import digest_of, schema_of
 from fedseg.errors import DataError, PlanError, RoundError, TrustError
 from fedseg.modelfile import load_model, save_model
@@ -139,6 +140,16 @@ def test_a_model_file_names_its_own_plan(path: Path, tmp_path: Path) -> None:
         load_model(tmp_path / "other")
     with pytest.raises(DataError, match="cannot read the model"):
         load_model(tmp_path / "none")
+
+
+def test_a_model_file_beyond_all_bounds_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(modelfile.MAX_MODEL_BYTES + 1)  # sparse
+    monkeypatch.setattr(Path, "read_bytes", lambda _path: pytest.fail("it was read"))
+    with pytest.raises(TrustError, match="at most 8589934592 are allowed"):
+        load_model(tmp_path / "large")
 
 
 def test_an_example_overwrites_nothing(tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ def test_layers_that_mix_patients_are_refused_with_reason_and_remedy(layer: nn.M
 
 
 TOY = """
+import torch
 from torch import nn
 
 
@@ -148,6 +149,8 @@ class Factory:
         layers = [convolution(len(task.channels), options["classes"], 1)]
         if options.get("batch_norm"):
             layers.append(nn.BatchNorm3d(options["classes"]))
+        if options.get("counter"):
+            layers[0].register_buffer("calls", torch.zeros((), dtype=torch.int64))
         return nn.Sequential(*layers)
 
 
@@ -179,6 +182,7 @@ def test_an_installed_network_is_built_by_its_entry_point() -> None:
         ({"version": "3", "options": {"classes": 5}}, r"shape \[1, 5, 8, 8, 8\], expected \[1, 3"),
         ({"version": "3", "options": {}}, "cannot be built: KeyError"),
         ({"version": "3", "options": {"classes": 3, "batch_norm": True}}, "BatchNorm3d"),
+        ({"version": "3", "options": {"classes": 3, "counter": True}}, "'0.calls' is torch.int64"),
         ({"version": "3", "network": "tay", "options": {}}, "installed: toy, unet"),
     ],
 )
