@@ -47,13 +47,16 @@ class PatientScores(Frozen):
         """Mean over the foreground labels: the patient's Dice in every table of fedseg."""
         return mean_of(self.dice)
 
+    def of(self, metric: Metric) -> Scores:
+        """The values of one metric of the plan, by label name; empty where it was not measured."""
+        return {"dice": self.dice, "hd95": self.hd95_mm, "nsd": self.nsd}[metric]
+
 
 def mean_scores(patients: Sequence[PatientScores], metrics: Sequence[Metric]) -> dict[str, Scores]:
     """Metric -> label -> mean over the patients in which it is defined; None where in none."""
-    fields = {"dice": "dice", "hd95": "hd95_mm", "nsd": "nsd"}
     found: dict[str, Scores] = {}
     for metric in metrics:
-        per_patient = [getattr(patient, fields[metric]) for patient in patients]
+        per_patient = [patient.of(metric) for patient in patients]
         labels = sorted({label for scores in per_patient for label in scores})
         found[metric] = {
             label: mean_of({str(i): scores.get(label) for i, scores in enumerate(per_patient)})
@@ -130,7 +133,8 @@ class Run(Frozen):
 
     Attributes:
         compute_s: CPU seconds of training by arm, all sites together.
-        stage_s: wall seconds of each stage, in the order of `stages`.
+        stage_s: wall seconds of each stage, in the order of `stages`; 0.0 where the study
+            was killed before it could write them down.
     """
 
     engine: str

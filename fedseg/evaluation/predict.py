@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from fedseg.container import write_atomically
 from fedseg.errors import DataError
 from fedseg.evaluation.inference import predict_mask
 from fedseg.imaging.readers import read_image
@@ -64,7 +66,10 @@ def write_mask(mask: NDArray[np.uint8], affine_ras: NDArray[np.float64], path: P
         mask: uint8 (X, Y, Z).
         affine_ras: (4, 4), voxel index -> RAS+ mm; it goes into the sform, and into the qform where
             that can hold it (no shear).
-        path: ends in .nii or .nii.gz.
+        path: ends in .nii or .nii.gz; equal masks give equal bytes.
+
+    Raises:
+        StorageError: it cannot be written; a mask before it is untouched.
     """
     image: Any = _NIFTI(mask, affine_ras)
     image.set_sform(affine_ras, code="scanner")
@@ -72,12 +77,8 @@ def write_mask(mask: NDArray[np.uint8], affine_ras: NDArray[np.float64], path: P
     if np.allclose(axes.T @ axes, np.eye(3), atol=1e-5):
         image.set_qform(affine_ras, code="scanner")
     image.header.set_xyzt_units("mm")
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    try:
-        nibabel.loadsave.save(image, unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    data: bytes = image.to_bytes()
+    write_atomically(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
 
 def _predict(

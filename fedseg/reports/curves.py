@@ -17,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedseg.container import write_atomically
 from fedseg.errors import MissingExtraError
 from fedseg.result import SiteAnswer, StageRecord, StudyResult, mean_of
 
@@ -50,10 +51,10 @@ def write_curves(result: StudyResult, folder: Path) -> None:
 
     Raises:
         MissingExtraError: the package tensorboard is not installed (curves.csv is written first).
+        StorageError: curves.csv cannot be written; the one before it is untouched.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     rows = tuple(points(result))
-    (folder / "curves.csv").write_bytes(_csv(rows))
+    write_atomically(folder / "curves.csv", _csv(rows))
     _write_events(rows, _stage_times(result), folder / "tensorboard")
 
 
@@ -117,14 +118,20 @@ def _csv(rows: Sequence[Point]) -> bytes:
 
 
 def _stage_times(result: StudyResult) -> dict[tuple[int, str, int], float]:
-    """Unix time at which each stage closed; zero where the start is not an ISO date."""
+    """Unix time at which each stage closed; from zero where the start is not an ISO date.
+
+    Where the seconds are not one a stage, nobody knows whose they are: all stages close at the
+    start.
+    """
     try:
         started = datetime.fromisoformat(result.run.started)
     except ValueError:
         started = datetime.fromtimestamp(0, UTC)
     now = started.timestamp()
+    known = len(result.run.stage_s) == len(result.stages)
+    seconds_of = result.run.stage_s if known else (0.0,) * len(result.stages)
     times = {}
-    for record, seconds in zip(result.stages, result.run.stage_s, strict=False):
+    for record, seconds in zip(result.stages, seconds_of, strict=True):
         now += seconds
         times[record.round, record.stage, record.attempt] = now
     return times

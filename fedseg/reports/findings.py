@@ -14,10 +14,10 @@ from statistics import fmean
 from typing import Literal
 
 from fedseg.evaluation.statistics import mean_with_interval
+from fedseg.plan import Metric
 from fedseg.result import Arm, ArmName, PatientScores, StudyResult, mean_of
 
 ARMS: tuple[ArmName, ...] = ("local", "federated", "pooled")
-Metric = Literal["dice", "hd95_mm", "nsd"]
 Judgement = Literal["better", "worse", "open", "unknown"]
 
 
@@ -62,8 +62,7 @@ class Table:
 
 def value_of(patient: PatientScores, metric: Metric) -> float | None:
     """The patient's mean over the labels in one metric."""
-    scores = {"dice": patient.dice, "hd95_mm": patient.hd95_mm, "nsd": patient.nsd}
-    return mean_of(scores[metric])
+    return mean_of(patient.of(metric))
 
 
 def estimate(values: Sequence[float]) -> Estimate:

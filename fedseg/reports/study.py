@@ -8,7 +8,6 @@ It shows images of patients and their identifiers: treat it like the data it was
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Sequence
 from datetime import datetime
 from itertools import groupby
@@ -19,6 +18,8 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from fedseg.container import write_atomically
+from fedseg.plan import Metric
 from fedseg.reports import findings, traffic
 from fedseg.reports.charts import Curve, curve_chart, dice_chart
 from fedseg.reports.curves import ALL, points
@@ -27,10 +28,10 @@ from fedseg.result import StudyResult
 
 FEW_PATIENTS = 10
 SPLITS = ("train", "val", "test")
-METRICS: tuple[tuple[findings.Metric, str, str, int], ...] = (
-    ("dice", "dice", "Dice", 3),
-    ("hd95_mm", "hd95", "HD95 in mm", 2),
-    ("nsd", "nsd", "Surface Dice (NSD)", 3),
+METRICS: tuple[tuple[Metric, str, int], ...] = (
+    ("dice", "Dice", 3),
+    ("hd95", "HD95 in mm", 2),
+    ("nsd", "Surface Dice (NSD)", 3),
 )
 METRIC_WORDS = {"dice": "Dice", "hd95": "HD95", "nsd": "surface Dice"}
 STAGE_WORDS = {
@@ -46,12 +47,13 @@ def write_report(result: StudyResult, overlays: Sequence[Overlay], path: Path) -
 
     Args:
         overlays: patients to show, of any hospitals; grouped by hospital, best to worst.
-        path: the file; its folder exists.
+        path: the file.
+
+    Raises:
+        StorageError: it cannot be written; the page before it is untouched.
     """
     page = _environment().get_template("study.html").render(_content(result, overlays))
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page, encoding="utf-8", newline="\n")
-    os.replace(partial, path)  # noqa: PTH105
+    write_atomically(path, page.encode())
 
 
 def _environment() -> Environment:
@@ -76,8 +78,8 @@ def _content(result: StudyResult, overlays: Sequence[Overlay]) -> dict[str, Any]
     """All that the template shows."""
     tables = [
         {"table": findings.table(result, metric), "title": title, "digits": digits}
-        for metric, name, title, digits in METRICS
-        if name in result.plan.evaluation.metrics
+        for metric, title, digits in METRICS
+        if metric in result.plan.evaluation.metrics
     ]
     return {
         "result": result,

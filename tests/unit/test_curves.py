@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,22 @@ def test_tensorboard_reads_the_events_back(tmp_path: Path) -> None:
     assert values[1, "train/loss"] == pytest.approx(result.stages[1].answers[0].loss)
     assert (4, "evaluate/dice/anterior") in values
     assert (4, "evaluate/hd95") in values
+
+
+def _wall_times(folder: Path) -> list[float]:
+    file = folder / "tensorboard" / "all_sites" / "events.out.tfevents.fedseg"
+    return [e.wall_time for e in EventFileLoader(str(file)).Load() if e.HasField("summary")]
+
+
+def test_times_are_shown_only_where_they_are_known(tmp_path: Path) -> None:
+    """A study that was killed between a stage and its time has fewer times than stages."""
+    result = make_result(rounds=2)
+    start = datetime.fromisoformat(result.run.started).timestamp()
+    write_curves(result, tmp_path / "whole")
+    assert max(_wall_times(tmp_path / "whole")) == start + 9.5 * len(result.stages)
+    short = result.run.model_copy(update={"stage_s": result.run.stage_s[1:]})
+    write_curves(result.model_copy(update={"run": short}), tmp_path / "killed")
+    assert set(_wall_times(tmp_path / "killed")) == {start}
 
 
 def test_site_names_never_leave_the_folder(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedseg.errors import DataError
+from fedseg.errors import DataError, StorageError
 from fedseg.evaluation.evaluate import evaluate_cohort
 from fedseg.evaluation.inference import predict_mask
-from fedseg.evaluation.predict import predict_images
+from fedseg.evaluation.predict import predict_images, write_mask
 from fedseg.imaging.cache import CaseCache
 from fedseg.imaging.cases import Case, Cohort
 from fedseg.imaging.transforms import PreparedCase
@@ -161,6 +162,18 @@ def test_a_sheared_affine_is_kept_in_the_sform(cohort: Cohort, tmp_path: Path) -
     written: Any = nibabel.loadsave.load(path)
     np.testing.assert_allclose(written.affine, sheared, atol=1e-6)
     assert int(written.header["qform_code"]) == 0
+
+
+def test_equal_masks_give_equal_files(cohort: Cohort, tmp_path: Path) -> None:
+    mask = np.eye(3, dtype=np.uint8)[None]
+    write_mask(mask, AFFINE, tmp_path / "a.nii.gz")
+    write_mask(mask, AFFINE, tmp_path / "b.nii.gz")
+    write_mask(mask, AFFINE, tmp_path / "c.nii")
+    packed = (tmp_path / "a.nii.gz").read_bytes()
+    assert packed == (tmp_path / "b.nii.gz").read_bytes()
+    assert gzip.decompress(packed) == (tmp_path / "c.nii").read_bytes()
+    with pytest.raises(StorageError, match="cannot write"):
+        write_mask(mask, AFFINE, tmp_path / "c.nii" / "d.nii.gz")
 
 
 def test_two_images_of_one_name_are_refused_before_any_is_written(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 from study_results import make_result
 
 from fedseg.errors import DataError
+from fedseg.plan import Metric
 from fedseg.reports.schema import result_schema
-from fedseg.result import StudyResult, load_result, mean_of
+from fedseg.result import PatientScores, StudyResult, load_result, mean_of
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "result.schema.json"
 
@@ -54,6 +56,17 @@ def test_a_key_that_nobody_knows_is_refused(tmp_path: Path) -> None:
 def test_a_missing_file_is_a_data_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot read"):
         load_result(tmp_path / "none.json")
+
+
+def test_a_patient_gives_its_values_by_the_plans_names_of_metrics() -> None:
+    patient = PatientScores(
+        site="a", patient="p", cases=1, dice={"x": 0.5}, hd95_mm={"x": 3.0}, nsd={"x": None}
+    )
+    assert [patient.of(metric) for metric in get_args(Metric)] == [
+        {"x": 0.5},
+        {"x": 3.0},
+        {"x": None},
+    ]
 
 
 def test_the_mean_skips_labels_without_a_value() -> None:
