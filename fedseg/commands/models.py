@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import track
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, track
 from rich.table import Table
 
 from fedseg.errors import DataError
@@ -17,7 +20,9 @@ from fedseg.errors import DataError
 if TYPE_CHECKING:
     from torch import nn
 
+    from fedseg.imaging.cases import Manifest
     from fedseg.modelfile import ModelHeader
+    from fedseg.plan import Metric, StudyPlan
     from fedseg.result import PatientScores
 
 EVALUATE_EPILOG = """Examples:
@@ -33,15 +38,14 @@ fedseg predict OUT/model.safetensors scan.nii.gz --out masks
 fedseg predict OUT/model.safetensors dicom-folder --out masks
 """
 ModelPath = Annotated[Path, typer.Argument(help="A model.safetensors of fedseg.")]
+Wanted = Literal["train", "val", "test", "all"]
 Device = Annotated[str, typer.Option(help="cpu, or cuda.")]
 
 
 def evaluate(
     model: ModelPath,
     data: Annotated[Path, typer.Option(help="A labelled cohort, as `fedseg-site check` reads it.")],
-    split: Annotated[
-        Literal["train", "val", "test", "all"], typer.Option(help="Which patients.")
-    ] = "val",
+    split: Annotated[Wanted, typer.Option(help="Which patients.")] = "val",
     site: Annotated[str | None, typer.Option(help="Only this site's patients.")] = None,
     table: Annotated[str | None, typer.Option(help="Which CSV of the data folder.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Keep prepared cases here.")] = None,
@@ -50,14 +54,20 @@ def evaluate(
 ) -> None:
     """Measure a model on labelled patients: per patient, with mean and 95 % interval."""
     header, network = _load(model, device)
+    chosen, unlabelled = _chosen(header.plan, data, split, site, table)
     with tempfile.TemporaryDirectory(prefix="fedseg-cache-") as temporary:
         folder = cache or Path(temporary) / "cache"
-        patients, left_out = _score(header, network, data, split, site, table, folder)
-    measured = _measured(header, patients, left_out)
+        patients, unusable = _score(header.plan, network, chosen, folder)
+    if not patients:
+        raise DataError(
+            f"no usable labelled case in the split {split!r} ({unlabelled} without a label, "
+            f"{unusable} unusable): see `fedseg-site check`"
+        )
+    measured = _measured(header, patients) | {"left_out": unusable, "unlabelled": unlabelled}
     if as_json:
         typer.echo(json.dumps(measured, indent=2, sort_keys=True))
         return
-    _show(measured)
+    _show(patients, measured)
 
 
 def predict(
@@ -88,58 +98,87 @@ def predict(
 def _load(path: Path, device: str) -> tuple[ModelHeader, nn.Module]:
     """A model file and its network, with the weights in it."""
     from fedseg.modelfile import load_model
+    from fedseg.models.devices import require_device
     from fedseg.models.zoo import build_network, load_tensors
 
+    device = require_device(device)
     header, tensors = load_model(path)
     network = build_network(header.plan.model, header.plan.task)
     load_tensors(network, tensors)
     return header, network.to(device)
 
 
+def _chosen(
+    plan: StudyPlan, data: Path, split: Wanted, site: str | None, table: str | None
+) -> tuple[Manifest, int]:
+    """The labelled cases to measure, and how many others have no label.
+
+    The seed is that of the study, so that patients whom the data give no split fall where they did
+    when the model was trained.
+    """
+    from fedseg.imaging.cases import Manifest
+    from fedseg.imaging.manifests import read_manifest
+
+    manifest = read_manifest(data, plan.task, table=table, seed=plan.training.seed)
+    if site is not None and site not in manifest.sites:
+        named = ", ".join(name for name in manifest.sites if name)
+        raise DataError(
+            f"the data have no site {site[:80]!r}; "
+            + (f"they have: {named}" if named else "they name no sites: leave out --site")
+        )
+    wanted = [
+        case
+        for case in manifest.cases
+        if site in (None, case.site) and split in ("all", case.split)
+    ]
+    cases = tuple(case for case in wanted if case.label is not None)
+    return Manifest(manifest.root, cases, manifest.label_map), len(wanted) - len(cases)
+
+
 def _score(
-    header: ModelHeader,
-    network: nn.Module,
-    data: Path,
-    split: Literal["train", "val", "test", "all"],
-    site: str | None,
-    table: str | None,
-    cache: Path,
+    plan: StudyPlan, network: nn.Module, chosen: Manifest, cache: Path
 ) -> tuple[list[PatientScores], int]:
-    """Every wanted patient's metrics, and how many cases could not be used."""
+    """Every patient's metrics, and how many cases could not be used."""
     from fedseg.evaluation.evaluate import evaluate_cohort
     from fedseg.imaging.cache import CaseCache
-    from fedseg.imaging.manifests import read_manifest
     from fedseg.imaging.quality import inspect, usable
 
-    plan = header.plan
-    manifest = read_manifest(data, plan.task, table=table)
-    broken = usable(inspect(manifest, plan.task))
+    with _progress("inspecting", len(chosen.cases)) as advance:
+        broken = usable(inspect(chosen, plan.task, advance))
     prepared = CaseCache(cache, plan.task)
     patients: list[PatientScores] = []
-    left_out = 0
-    for name in [site] if site else manifest.sites:
-        whole = manifest.cohort(name)
-        cohort = whole if split == "all" else whole.split(split)
-        usable_cases = cohort.without(broken)
-        left_out += len(cohort.cases) - len(usable_cases.cases)
-        patients += evaluate_cohort(
-            network, usable_cases, prepared, plan, plan.evaluation.metrics, native=True
-        )
-    if not patients:
-        raise DataError(f"no usable labelled case in the split {split!r}: see `fedseg-site check`")
-    return patients, left_out
+    with _progress("measuring", len(chosen.cases) - len(broken)) as advance:
+        for site in chosen.sites:
+            patients += evaluate_cohort(
+                network,
+                chosen.cohort(site).without(broken),
+                prepared,
+                plan,
+                plan.evaluation.metrics,
+                native=True,
+                progress=advance,
+            )
+    return patients, len(broken)
 
 
-def _measured(header: ModelHeader, patients: list[PatientScores], left_out: int) -> dict[str, Any]:
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on the error stream, so that JSON on the output stays clean."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda _name: bar.advance(task)
+
+
+def _measured(header: ModelHeader, patients: list[PatientScores]) -> dict[str, Any]:
     """The JSON of `evaluate`: mean and interval of each metric over patients, then each patient."""
     from fedseg.evaluation.statistics import mean_with_interval
     from fedseg.result import mean_of
 
-    fields = {"dice": "dice", "hd95": "hd95_mm", "nsd": "nsd"}
     means: dict[str, Any] = {}
     intervals: dict[str, Any] = {}
     for metric in header.plan.evaluation.metrics:
-        per_patient = (mean_of(getattr(patient, fields[metric])) for patient in patients)
+        per_patient = (mean_of(patient.of(metric)) for patient in patients)
         values = [value for value in per_patient if value is not None]
         mean, low, high = mean_with_interval(values) if values else (None, None, None)
         means[metric], intervals[metric] = mean, [low, high]
@@ -147,26 +186,28 @@ def _measured(header: ModelHeader, patients: list[PatientScores], left_out: int)
         "model": header.model_digest,
         "mean": means,
         "interval_95": intervals,
-        "left_out": left_out,
         "patients": [patient.model_dump(mode="json") for patient in patients],
     }
 
 
-def _show(measured: dict[str, Any]) -> None:
+def _show(patients: list[PatientScores], measured: dict[str, Any]) -> None:
     """Tables for people."""
     from fedseg.result import mean_of
 
-    patients = Table("site", "patient", "Dice", "HD95 mm", "NSD")
-    for patient in measured["patients"]:
-        values = (mean_of(patient[field]) for field in ("dice", "hd95_mm", "nsd"))
+    metrics: tuple[Metric, ...] = ("dice", "hd95", "nsd")
+    table = Table("site", "patient", "Dice", "HD95 mm", "NSD")
+    for patient in patients:
+        values = (mean_of(patient.of(metric)) for metric in metrics)
         cells = ("-" if value is None else f"{value:.3f}" for value in values)
-        patients.add_row(patient["site"], patient["patient"], *cells)
+        table.add_row(escape(patient.site), escape(patient.patient), *cells)
     console = Console()
-    console.print(patients)
+    console.print(table)
     for metric, mean in measured["mean"].items():
         low, high = measured["interval_95"][metric]
         interval = "" if low is None else f"  95 % interval {low:.4f} to {high:.4f}"
         shown = "undefined" if mean is None else f"{mean:.4f}"
-        console.print(f"{metric}: mean {shown}{interval}  ({len(measured['patients'])} patients)")
+        console.print(f"{metric}: mean {shown}{interval}  ({len(patients)} patients)")
+    if measured["unlabelled"]:
+        console.print(f"{measured['unlabelled']} cases have no label and were left out")
     if measured["left_out"]:
         console.print(f"{measured['left_out']} cases were left out: see `fedseg-site check`")

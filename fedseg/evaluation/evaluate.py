@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +28,7 @@ def evaluate_cohort(
     metrics: Sequence[Metric],
     *,
     native: bool = False,
+    progress: Callable[[str], None] | None = None,
 ) -> list[PatientScores]:
     """Predict every case of a cohort and score it against its label.
 
@@ -39,6 +40,7 @@ def evaluate_cohort(
         metrics: which to compute.
         native: measure on the image's own grid, where the label was drawn (final figures), and not
             on the prepared one (quick, for learning curves).
+        progress: called with the name of each case once it is measured.
 
     Returns:
         One a patient, sorted by patient; equal models and data give equal scores on CPU.
@@ -46,17 +48,25 @@ def evaluate_cohort(
     Raises:
         DataError: a case cannot be read, or has no label.
     """
+
+    def measured(case: Case) -> dict[Metric, Scores]:
+        scores = _score(network, case, cohort, cache, plan, metrics, native)
+        if progress:
+            progress(case.name)
+        return scores
+
     return [
-        score_patient(
-            cohort.site,
-            patient,
-            [_score(network, case, cohort, cache, plan, metrics, native) for case in cases],
-        )
+        score_patient(cohort.site, patient, [measured(case) for case in cases])
         for patient, cases in cohort.by_patient()
     ]
 
 
-def _score(  # noqa: PLR0917 - the arguments of evaluate_cohort, for one case
+def labelled(cohort: Cohort) -> Cohort:
+    """The cases that can be measured; test cases need not have a label."""
+    return cohort.without(case.name for case in cohort.cases if case.label is None)
+
+
+def _score(
     network: nn.Module,
     case: Case,
     cohort: Cohort,

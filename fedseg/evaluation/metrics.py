@@ -29,7 +29,7 @@ from fedseg.result import PatientScores, Scores
 Mask = NDArray[np.uint8]
 
 
-def score_case(  # noqa: PLR0917 - the order that evaluation speaks in
+def score_case(
     prediction: Mask,
     truth: Mask,
     spacing_mm: Sequence[float],

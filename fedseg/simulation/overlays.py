@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from fedseg.evaluation.evaluate import labelled
 from fedseg.evaluation.inference import predict_mask
 from fedseg.imaging.cache import CaseCache
 from fedseg.imaging.cases import Cohort, Split
@@ -26,7 +27,7 @@ def overlays_of(
     found = []
     for cohort in cohorts:
         scores = federated.of_site(cohort.site)
-        cases = dict(cohort.split(split).by_patient())
+        cases = dict(labelled(cohort.split(split)).by_patient())
         for rank, patient in choose_patients(scores).items():
             case = cache.load(cases[patient][0], cohort.label_map)
             mask = predict_mask(network, case, result.plan.task, result.plan.evaluation.overlap)

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from fedseg.aggregation.rounds import StudyState
 from fedseg.arrays import Arrays
-from fedseg.evaluation.evaluate import evaluate_cohort
+from fedseg.errors import DataError
+from fedseg.evaluation.evaluate import evaluate_cohort, labelled
 from fedseg.imaging.cache import CaseCache
 from fedseg.imaging.cases import Cohort, Split
 from fedseg.models.zoo import build_network, load_tensors
@@ -24,12 +25,35 @@ def released(state: StudyState, plan: StudyPlan) -> dict[str, NDArray[Any]]:
 
 
 def split_to_measure(cohorts: Sequence[Cohort]) -> Split:
-    """`test` where every hospital has test patients, else `val`."""
-    return "test" if all(cohort.split("test").cases for cohort in cohorts) else "val"
+    """`test` where every hospital has labelled test patients, else `val`.
+
+    Where no hospital has a labelled `val` patient it is `test` too, for those that have one.
+    """
+    if all(labelled(cohort.split("test")).cases for cohort in cohorts):
+        return "test"
+    return "val" if any(labelled(cohort.split("val")).cases for cohort in cohorts) else "test"
+
+
+def require_measurable(cohorts: Sequence[Cohort]) -> None:
+    """Check before a study that its end can be measured.
+
+    Raises:
+        DataError: no hospital has a labelled patient in `val` or `test`.
+    """
+    split = split_to_measure(cohorts)
+    if not any(labelled(cohort.split(split)).cases for cohort in cohorts):
+        raise DataError(
+            f"none of the {len(cohorts)} sites has a usable labelled patient in val or test, so "
+            "nothing can be measured: hold some patients back in the column split, or leave the "
+            "column out, and a fifth of all patients is held back"
+        )
 
 
 class Scorer:
-    """Measures models at every hospital of a federation, in each image's own geometry."""
+    """Measures models at every hospital of a federation, in each image's own geometry.
+
+    Cases without a label are left out.
+    """
 
     def __init__(self, federation: Federation, split: Split) -> None:
         self.federation, self.split = federation, split
@@ -42,7 +66,7 @@ class Scorer:
         plan = self.federation.plan
         load_tensors(self.network, model)
         cohort = next(c for c in self.federation.cohorts if c.site == site)
-        held_back = cohort.split(self.split)
+        held_back = labelled(cohort.split(self.split))
         return evaluate_cohort(
             self.network, held_back, self.cache, plan, plan.evaluation.metrics, native=True
         )
