@@ -122,7 +122,7 @@ def _plain(html: str) -> str:
     return html.replace("&#39;", "'").replace("&#34;", '"')
 
 
-@pytest.mark.parametrize("state", ["keep", "reset"])
+@pytest.mark.parametrize("state", ["keep", pytest.param("reset", marks=pytest.mark.slow)])
 def test_below_the_minimum_the_study_stops_and_can_go_on_as_if_nothing_had_been(
     state: str, data: Path, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,8 +52,8 @@ def _kill_until_finished(
 
 def test_killed_studies_end_with_the_same_bits(data: Path, tmp_path: Path) -> None:
     plan = tiny_plan(**MOMENTUM)
-    kills = _kill_until_finished(tmp_path, data, plan, 6, "--baselines", "pooled,local")
-    assert sum(kill.startswith("@") for kill in kills) == 3
+    kills = _kill_until_finished(tmp_path, data, plan, 4, "--baselines", "pooled,local")
+    assert sum(kill.startswith("@") for kill in kills) == 2
 
 
 @pytest.mark.slow
@@ -116,11 +117,11 @@ def test_a_study_is_not_overwritten_by_accident(
 
 
 def test_resuming_a_finished_study_writes_the_same_again(
-    data: Path, plan: StudyPlan, undisturbed: tuple[Path, StudyResult]
+    data: Path, plan: StudyPlan, undisturbed: tuple[Path, StudyResult], tmp_path: Path
 ) -> None:
-    before = lasting(undisturbed[0])
-    simulate(plan, data, undisturbed[0], Options(resume=True, baselines=("pooled", "local")))
-    assert lasting(undisturbed[0]) == before
+    copy = shutil.copytree(undisturbed[0], tmp_path / "out")
+    simulate(plan, data, copy, Options(resume=True, baselines=("pooled", "local")))
+    assert lasting(copy) == lasting(undisturbed[0])
 
 
 def test_resume_begins_a_study_that_was_never_begun(
