@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,8 @@ def flower(work: Path, _out: Path) -> Said:
         rounds = plan.aggregation.rounds
         record = ArrayRecord(numpy_ndarrays=list(initial.values()))
         record = ArrayRecord(dict(zip(initial, record.values(), strict=True)))
+        while len(list(grid.get_node_ids())) < len(sites):
+            time.sleep(0.1)
         asked = [
             Message(RecordDict(), dst_node_id=node, message_type="query.warm")
             for node in grid.get_node_ids()
