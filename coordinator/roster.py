@@ -32,6 +32,11 @@ class Roster:
         """The node's site, or None while it has not enlisted."""
         return self._sites.get(node_id)
 
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Every site that enlisted."""
+        return tuple(self._sites.values())
+
     def patients_of(self, node_id: int) -> int:
         """The training patients that the node's site enlisted with."""
         return self._patients[node_id]

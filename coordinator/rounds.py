@@ -91,7 +91,7 @@ class Study:
             nodes: how many nodes to wait for before the sites enlist.
         """
         self._grid, self._plan, self._store = grid, plan, store
-        self._expected = nodes
+        self._expected, self._needed = nodes, plan.aggregation.minimum_sites
         self._observe = observe
         self._clock = clock or Clock()
         self._roster = Roster()
@@ -126,13 +126,15 @@ class Study:
         self, task: Callable[[], bytes], stage: StageName, round_: int, attempt: int = 1
     ) -> Outcome:
         """Send one task to every node and fold what comes back."""
+        ttl = self._plan.aggregation.round_timeout_s
         nodes = self._nodes_for(stage)
         self._observe(StageOpened(round_, stage, attempt, len(nodes)))
-        ttl = self._plan.aggregation.round_timeout_s
         digest, size, waiting = self._send(task(), nodes, ttl)
         total = MeanAccumulator(self._plan.built.tensors) if stage == "train" else None
         answers: list[SiteAnswer] = []
-        failures: list[SiteFailure] = []
+        failures = [] if stage == "enlist" else self._offline(nodes)
+        for failure in failures:
+            self._observe(SiteFailed(round_, stage, failure))
         for node, message in self._arrivals(waiting, ttl):
             try:
                 answer = self._fold(node, message, stage, digest, total)
@@ -209,15 +211,29 @@ class Study:
 
     def _nodes_for(self, stage: StageName) -> list[int]:
         """Everybody while sites enlist, afterwards the enlisted ones that are on line."""
-        nodes = sorted(self._grid.get_node_ids())
-        return nodes if stage == "enlist" else [n for n in nodes if self._roster.site_of(n)]
+        if stage == "enlist":
+            return sorted(self._grid.get_node_ids())
+        self._wait(lambda: len(self._online()) >= min(self._needed, len(self._roster)))
+        return self._online()
+
+    def _online(self) -> list[int]:
+        """The enlisted nodes that are on line."""
+        return [n for n in sorted(self._grid.get_node_ids()) if self._roster.site_of(n)]
+
+    def _offline(self, nodes: list[int]) -> list[SiteFailure]:
+        """A failure for every enlisted site that cannot be asked."""
+        away = set(self._roster.sites) - {self._roster.site_of(node) for node in nodes}
+        reason = "the site enlisted but is not on line"
+        return [SiteFailure(site=site, code="offline", reason=reason) for site in sorted(away)]
 
     def _wait_for_nodes(self) -> None:
         """Wait until all expected nodes are on line, at most one round's time."""
+        self._wait(lambda: len(list(self._grid.get_node_ids())) >= self._expected)
+
+    def _wait(self, enough: Callable[[], bool]) -> None:
+        """Wait for nodes, at most one round's time."""
         deadline = self._clock.now() + self._plan.aggregation.round_timeout_s
-        while len(list(self._grid.get_node_ids())) < self._expected:
-            if self._clock.now() >= deadline:
-                break
+        while not enough() and self._clock.now() < deadline:
             self._clock.sleep(LONGEST_POLL_S)
 
     def _name(self, node: int) -> str:

@@ -35,6 +35,10 @@ class StorageError(RoundError):
     """A file could not be written; the one before it is untouched."""
 
 
+class NotFiniteError(RoundError):
+    """Training gave NaN or infinity."""
+
+
 class MissingExtraError(FedsegError):
     """A part of fedseg was asked for whose packages are not installed."""
 

@@ -162,19 +162,32 @@ def open_answer(
         raise AnswerError(header.body.code, "the site refused or failed; its audit has the reason")
     if header.body.kind != stage:
         raise AnswerError("stage", f"a {header.body.kind} answer came in the stage {stage}")
-    if isinstance(header.body, Evaluated) and not _scores_of_plan(header.body, plan):
-        raise AnswerError("malformed", "the scores name metrics or labels that the plan has not")
+    wrong = _outside_plan(header.body, plan)
+    if wrong:
+        raise AnswerError("malformed", wrong)
     bad = [name for name, array in delta.items() if not np.isfinite(array).all()]
     if bad:
         raise AnswerError("not_finite", f"{len(bad)} tensors hold NaN or infinity, as {bad[0]!r}")
     return header, delta
 
 
-def _scores_of_plan(body: Evaluated, plan: StudyPlan) -> bool:
-    """True where every metric and label is one of the plan's."""
-    labels = [scores.keys() for scores in body.scores.values()]
-    known = body.scores.keys() <= set(plan.evaluation.metrics)
-    return known and all(names <= plan.task.labels.keys() for names in labels)
+def _outside_plan(body: Body, plan: StudyPlan) -> str | None:
+    """What an answer says that cannot be true of this plan, or None."""
+    if isinstance(body, Trained):
+        steps = plan.training.steps_per_round
+        if body.steps != steps or body.loss < 0:
+            return f"a round has {steps} steps and a loss of at least 0, others were reported"
+    if isinstance(body, Evaluated):
+        if body.scores.keys() != set(plan.evaluation.metrics):
+            return "the scores are not of the plan's metrics"
+        for metric, scores in body.scores.items():
+            known = (value for value in scores.values() if value is not None)
+            highest = float("inf") if metric == "hd95" else 1.0
+            if not scores.keys() <= plan.task.labels.keys():
+                return "the scores name labels that the plan has not"
+            if not all(0 <= value <= highest for value in known):
+                return f"a {metric} is outside its range"
+    return None
 
 
 def message_limit(schema: tuple[TensorSpec, ...]) -> int:

@@ -2,20 +2,25 @@
 
 The trainer decides, trains and answers. In simulation `connect` gives the trainer's own `handle`;
 at a hospital it will give a function that speaks to the trainer's socket. Neither torch nor
-anything that reads images is imported here.
+anything that reads images is imported here. What goes wrong stays here too: Flower would send an
+exception's text, with paths and worse, to the coordinator.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
-from flwr.app import Context, Message
+from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
 from fedseg.carriage import ACTION, unwrap, wrap
 
+logger = logging.getLogger(__name__)
+
 Handle = Callable[[bytes], bytes]
 Connect = Callable[[Context], Handle]
+CRASHED = 2
 
 
 def make_app(connect: Connect) -> ClientApp:
@@ -24,7 +29,11 @@ def make_app(connect: Connect) -> ClientApp:
 
     @app.query(ACTION)
     def forward(message: Message, context: Context) -> Message:
-        answer = connect(context)(unwrap(message))
+        try:
+            answer = connect(context)(unwrap(message))
+        except Exception:
+            logger.exception("the trainer cannot be reached or has crashed")
+            return Message(Error(code=CRASHED, reason="failed"), reply_to=message)
         return Message(wrap(answer), reply_to=message)
 
     return app

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,12 @@ class Journal:
     def write(self, event: str, **facts: Any) -> None:
         """Append one entry. Facts name no patient."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"event": event, **facts}, sort_keys=True) + "\n")
+        line = json.dumps({"event": event, **facts}, sort_keys=True) + "\n"
+        with self._path.open("ab+") as stream:
+            if stream.seek(0, os.SEEK_END):
+                stream.seek(-1, os.SEEK_END)
+                line = line if stream.read(1) == b"\n" else "\n" + line
+            stream.write(line.encode())
 
     def read(self, event: str) -> list[dict[str, Any]]:
         """Every whole entry of one kind, oldest first."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from fedseg.arrays import Arrays
 from fedseg.container import packed, unpack, write_atomically
+from fedseg.errors import RoundError, TrustError
 from fedseg.plan import Frozen, StudyPlan
 
 KEPT = 3
@@ -39,14 +40,22 @@ class OptimiserStates:
         """The newest state of an earlier round of this plan, or None.
 
         Raises:
-            TrustError: the file is damaged.
+            RoundError: the file is damaged, or of another plan.
         """
         earlier = [found for found in self._stored() if found < round_]
         if not earlier:
             return None
         data = self._path(max(earlier)).read_bytes()
-        header, arrays = unpack(data, _StateHeader, max_bytes=self._limit, schema=None)
-        return arrays if header.plan == self._plan.digest else None
+        try:
+            header, arrays = unpack(data, _StateHeader, max_bytes=self._limit, schema=None)
+        except TrustError as error:
+            raise RoundError(f"the stored state of the optimiser is damaged: {error}") from None
+        if header.plan != self._plan.digest:
+            raise RoundError(
+                "the stored state of the optimiser is of another plan: give this study a folder of "
+                "its own"
+            )
+        return arrays
 
     def store(self, round_: int, arrays: Arrays) -> None:
         """Keep the state after a round; nothing is written where there is none.

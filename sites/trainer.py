@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fedseg.arrays import Arrays
-from fedseg.errors import DataError, FedsegError, PlanError, RoundError, StorageError, TrustError
+from fedseg.errors import DataError, FedsegError, NotFiniteError, PlanError, TrustError
 from fedseg.evaluation.evaluate import evaluate_cohort
 from fedseg.imaging.cache import CaseCache
 from fedseg.imaging.cases import Cohort
@@ -120,17 +120,18 @@ class Trainer:
     def _train(self, header: TaskHeader, model: Arrays) -> tuple[Trained, Arrays]:
         """Train one round from the task's model; the delta and the next optimiser state."""
         load_tensors(self._network, model)
-        started = time.thread_time()
+        clock = time.thread_time if self._plan.training.threads == 1 else time.process_time
+        state, started = self._states.before(header.round), clock()
         outcome = train_round(
             self._network,
             self._patients,
             self._plan,
             round_=header.round,
             site=self._cohort.site,
-            optimiser_state=self._states.before(header.round),
+            optimiser_state=state,
             anchor=model,
         )
-        spent = time.thread_time() - started
+        spent = clock() - started
         trained = state_tensors(self._network)
         delta = {name: np.subtract(trained[name], model[name]) for name in model}
         self._states.store(header.round, outcome.optimiser_state)
@@ -156,7 +157,6 @@ def _code_of(error: Exception) -> RefusalCode:
         (PlanError, "plan"),
         (TrustError, "task"),
         (DataError, "data"),
-        (StorageError, "failed"),
-        (RoundError, "not_finite"),
+        (NotFiniteError, "not_finite"),
     )
     return next((code for kind, code in codes if isinstance(error, kind)), "failed")

@@ -64,7 +64,7 @@ def body_of(stage: str, patients: int = 4) -> Body:
     if stage == "enlist":
         return Enlisted(patients={"train": patients}, cases={"train": patients}, left_out=0)
     if stage == "train":
-        return Trained(patients=patients, steps=2, loss=0.5)
+        return Trained(patients=patients, steps=20, loss=0.5)
     return Evaluated(patients=2, scores={"dice": {"anterior": 0.75, "posterior": 0.25}})
 
 

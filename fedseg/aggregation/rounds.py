@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from fedseg.aggregation.accumulate import MeanAccumulator
+from fedseg.aggregation.accumulate import MAX_WEIGHT, MeanAccumulator
 from fedseg.aggregation.server import Model, ServerState, apply_update
 from fedseg.arrays import digest_of
 from fedseg.errors import PlanError, RoundError
@@ -104,6 +104,8 @@ def close_stage(state: StudyState, plan: StudyPlan, outcome: Outcome) -> StudySt
     if missing_answers(position.stage, plan, outcome) > 0:
         again = position.model_copy(update={"attempt": position.attempt + 1})
         return replace(state, position=again, history=history)
+    if position.stage == "enlist":
+        _require_weights_that_fit(plan, outcome)
     server = state.server
     if position.stage == "train":
         assert outcome.total is not None
@@ -134,9 +136,9 @@ def require_attempts_left(state: StudyState, plan: StudyPlan) -> None:
     )
 
 
-def fresh_attempts(state: StudyState) -> StudyState:
-    """The same state with all attempts of the open stage given back: what --resume starts from."""
-    if state.position is None or state.position.attempt == 1:
+def fresh_attempts(state: StudyState, plan: StudyPlan) -> StudyState:
+    """What --resume starts from: a stage that used up its attempts gets them back, others go on."""
+    if state.position is None or state.position.attempt <= plan.aggregation.attempts:
         return state
     return replace(state, position=state.position.model_copy(update={"attempt": 1}))
 
@@ -144,6 +146,16 @@ def fresh_attempts(state: StudyState) -> StudyState:
 def weight_of(body: Trained, plan: StudyPlan) -> int:
     """The whole-number weight of a site's update."""
     return body.patients if plan.aggregation.weighting == "patients" else 1
+
+
+def _require_weights_that_fit(plan: StudyPlan, outcome: Outcome) -> None:
+    """Refuse a study whose weights could not be summed exactly, before the first round."""
+    patients = sum(answer.patients for answer in outcome.answers)
+    if plan.aggregation.weighting == "patients" and patients > MAX_WEIGHT:
+        raise PlanError(
+            f"the sites have {patients} training patients together, weights are summed exactly up "
+            f"to {MAX_WEIGHT}: set aggregation.weighting: uniform"
+        )
 
 
 def _open_position(state: StudyState) -> Position:

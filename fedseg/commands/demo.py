@@ -33,6 +33,8 @@ def run(
     """Train five hospitals together, pooled and alone, and write a report. Stopped, it goes on."""
     from fedseg.imaging.phantoms import write_phantoms
 
+    if data is not None:
+        out = out / "own-data"
     plan = study or out / "study.yaml"
     if study is None and not plan.exists():
         text = example("phantoms" if data is None else "mr-3d")

@@ -46,7 +46,9 @@ def run(
     partition: Annotated[
         str | None, typer.Option(help="For data without sites: iid or dirichlet:ALPHA.")
     ] = None,
-    sites: Annotated[int, typer.Option(min=1, help="How many sites to divide into.")] = 5,
+    sites: Annotated[
+        int | None, typer.Option(min=1, help="How many sites to divide into (5).")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:

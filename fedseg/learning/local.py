@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedseg.arrays import Arrays, seed_for
-from fedseg.errors import DataError, RoundError
+from fedseg.errors import DataError, NotFiniteError
 from fedseg.learning.augment import augment, margin_of
 from fedseg.learning.losses import dice_ce_per_patient
 from fedseg.learning.optimiser import (
@@ -73,7 +73,8 @@ def train_round(
 
     Raises:
         DataError: no patient, a patient without cases, or a case without labels.
-        RoundError: loss, gradient or weights are not finite, or the optimiser's state does not fit.
+        NotFiniteError: loss, gradient or weights are not finite.
+        RoundError: the optimiser's state does not fit.
         ValueError: fedprox without an anchor, or a state although the plan resets it.
     """
     settings = plan.training
@@ -213,9 +214,9 @@ def _check(
         raise ValueError("the plan resets the optimiser each round, but a state was given")
 
 
-def _not_finite(what: str, round_: int, step: int) -> RoundError:
+def _not_finite(what: str, round_: int, step: int) -> NotFiniteError:
     """Training ran away."""
-    return RoundError(
+    return NotFiniteError(
         f"training gave numbers that are not finite ({what}, round {round_}, step {step}): look "
         "for extreme intensities in the data, or lower training.optimiser.learning_rate or "
         "training.gradient_clip_norm in the plan"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @contextmanager
@@ -14,21 +17,29 @@ def repeatable(threads: int, seed: int, device: torch.device) -> Iterator[None]:
 
     On CPU equal work gives equal bits. On a GPU deterministic algorithms are chosen where cuDNN
     has them; some of torch's other kernels may still differ in the last bits. Threads and generator
-    belong to the process: one such block runs at a time.
+    belong to the process: a lock lets one such block run at a time.
 
     Args:
         threads: of torch, as in `plan.training.threads`.
         seed: for what draws from the global generator inside a network, such as dropout.
         device: where the network lies.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with (
-            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-            torch.backends.cudnn.flags(benchmark=False, deterministic=True),
-        ):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        torch.set_num_threads(before)
+    with _ONE_AT_A_TIME:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            with _seeded(seed, device):
+                yield
+        finally:
+            torch.set_num_threads(before)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """A generator of our own, and cuDNN's deterministic algorithms."""
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        torch.backends.cudnn.flags(benchmark=False, deterministic=True),
+    ):
+        torch.manual_seed(seed)
+        yield

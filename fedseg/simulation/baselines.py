@@ -37,7 +37,10 @@ def pooled(whole: Federation, folder: Path, steps_per_round: int) -> Federation:
     """One site that has the patients of all."""
     cases = tuple(case for cohort in whole.cohorts for case in cohort.cases)
     cohort = Cohort("pooled", cases, whole.cohorts[0].label_map)
-    return alone(whole, cohort, folder, steps_per_round)
+    single = alone(whole, cohort, folder, steps_per_round)
+    longer = whole.plan.aggregation.round_timeout_s * len(whole.cohorts)
+    aggregation = single.plan.aggregation.model_copy(update={"round_timeout_s": longer})
+    return replace(single, plan=single.plan.model_copy(update={"aggregation": aggregation}))
 
 
 def alone(whole: Federation, cohort: Cohort, folder: Path, steps_per_round: int) -> Federation:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from fedseg.aggregation.server import Model
 from fedseg.errors import DataError, MissingExtraError, PlanError, RoundError
 from fedseg.imaging.cases import Cohort
 from fedseg.plan import StudyPlan
+from fedseg.result import StageRecord
 from fedseg.simulation.inprocess import InProcessGrid
 from fedseg.simulation.rehearsal import Fault, Handle, with_faults
 from sites.app import make_app as make_client_app
@@ -81,8 +82,15 @@ class Federation:
 
 @dataclass(frozen=True)
 class Finished:
-    """A study that ran to its end. `stage_s` and `cpu_s` are of all its runs together."""
+    """A study that ran to its end.
 
+    Attributes:
+        plan: the one it ran by; a baseline's is not the federation's.
+        stage_s: wall seconds of each stage of the history; 0 where a kill lost the note of it.
+        cpu_s: CPU seconds of training, rounds that were repeated after a kill included.
+    """
+
+    plan: StudyPlan
     state: StudyState
     stage_s: tuple[float, ...]
     cpu_s: float
@@ -116,7 +124,7 @@ def run_federation(
 
     def timed(event: Event) -> None:
         if isinstance(event, StageClosed):
-            seconds.write("stage", wall_s=round(event.wall_s, 3))
+            seconds.write("stage", at=_key(event.record), wall_s=round(event.wall_s, 3))
         observe(event)
 
     if state.position is not None:
@@ -125,14 +133,20 @@ def run_federation(
             nodes = len(federation.cohorts)
             Study(grid, plan, store, nodes=nodes, observe=timed).run(state)
 
-        with _quiet():
-            if engine == "ray":
-                _run_on_ray(federation, run)
-            else:
-                run(_inprocess_grid(federation, arrange))
+        try:
+            with _quiet():
+                if engine == "ray":
+                    _run_on_ray(federation, run)
+                else:
+                    run(_inprocess_grid(federation, arrange))
+        finally:
+            _forget_trainers(federation)
+    finished = load_state(federation.checkpoint, plan)
+    spent = {entry["at"]: entry["wall_s"] for entry in seconds.read("stage")}
     return Finished(
-        state=load_state(federation.checkpoint, plan),
-        stage_s=tuple(entry["wall_s"] for entry in seconds.read("stage")),
+        plan=plan,
+        state=finished,
+        stage_s=tuple(spent.get(_key(record), 0.0) for record in finished.history),
         cpu_s=sum(_compute_of(federation, cohort.site) for cohort in federation.cohorts),
     )
 
@@ -158,6 +172,10 @@ def require_sites(federation: Federation) -> None:
             f"plan needs {needed}; none at {', '.join(idle)}: `fedseg-site check` names each case "
             "with its remedy"
         )
+    rounds = federation.plan.aggregation.rounds
+    never = [fault for fault in federation.faults if fault.round and fault.round > rounds]
+    if never:
+        raise PlanError(f"the fault {never[0]} would never happen: the plan has {rounds} rounds")
     strangers = sorted({fault.site for fault in federation.faults} - set(names))
     if strangers:
         raise PlanError(
@@ -174,7 +192,8 @@ class SimulatedSites:
     """
 
     def __init__(self, federation: Federation, patience_s: float | None = None) -> None:
-        self._federation, self._patience_s = federation, patience_s
+        self._federation = replace(federation, initial={})  # it travels with every message
+        self._patience_s = patience_s
 
     def __call__(self, context: Context) -> Handle:
         """The `handle` of the site with this node's partition number."""
@@ -197,17 +216,33 @@ def _make_handle(federation: Federation, cohort: Cohort) -> Handle:
     from fedseg.imaging.cache import CaseCache
     from sites.trainer import Trainer
 
+    folder = site_folder(federation.folder, cohort.site)
     torch.set_num_threads(federation.plan.training.threads)
-    trainer = Trainer(
-        federation.plan,
-        cohort,
-        CaseCache(federation.cache, federation.plan.task),
-        site_folder(federation.folder, cohort.site),
-        left_out=federation.left_out.get(cohort.site, 0),
-        device=federation.device,
-    )
+    try:
+        trainer = Trainer(
+            federation.plan,
+            cohort,
+            CaseCache(federation.cache, federation.plan.task),
+            folder,
+            left_out=federation.left_out.get(cohort.site, 0),
+            device=federation.device,
+        )
+    except Exception as error:
+        Journal(folder / "journal.jsonl").write("failed", reason=f"no trainer: {error}")
+        raise
     own = [fault for fault in federation.faults if fault.site == cohort.site]
     return with_faults(trainer.handle, own) if own else trainer.handle
+
+
+def _forget_trainers(federation: Federation) -> None:
+    """Free the networks and prepared cases of a study's trainers in this process."""
+    for cohort in federation.cohorts:
+        _TRAINERS.pop((str(federation.folder), cohort.site), None)
+
+
+def _key(record: StageRecord) -> str:
+    """A stage's name in the notes of how long it took."""
+    return f"{record.round} {record.stage} {record.attempt}"
 
 
 def _bounded(handle: Handle, patience_s: float) -> Handle:
@@ -252,7 +287,7 @@ def _starting_state(federation: Federation, resume: bool) -> StudyState:
                 f"{federation.folder.name} holds a study already: go on with --resume, or give "
                 "another --out"
             )
-        return fresh_attempts(load_state(federation.checkpoint, federation.plan))
+        return fresh_attempts(load_state(federation.checkpoint, federation.plan), federation.plan)
     return first_state(federation.plan, federation.initial)
 
 
@@ -260,8 +295,7 @@ def _inprocess_grid(
     federation: Federation, arrange: Callable[[list[int]], list[int]]
 ) -> InProcessGrid:
     """Our Grid, with a node a site."""
-    for cohort in federation.cohorts:
-        _TRAINERS.pop((str(federation.folder), cohort.site), None)
+    _forget_trainers(federation)
     share = federation.plan.aggregation.round_timeout_s / (len(federation.cohorts) + 1)
     contexts = {
         1000 + i: Context(

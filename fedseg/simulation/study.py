@@ -24,11 +24,13 @@ from pydantic import TypeAdapter, ValidationError
 from coordinator.events import Event
 from fedseg.arrays import digest_of
 from fedseg.container import write_atomically
-from fedseg.errors import DataError, MissingExtraError, PlanError
+from fedseg.errors import DataError, MissingExtraError, PlanError, RoundError
 from fedseg.imaging.cases import Cohort, Manifest
+from fedseg.imaging.fingerprint import fingerprint
 from fedseg.imaging.manifests import read_manifest
 from fedseg.imaging.quality import inspect, usable
 from fedseg.modelfile import save_model
+from fedseg.models.devices import require_device
 from fedseg.models.zoo import initial_model, load_tensors
 from fedseg.plan import StudyPlan
 from fedseg.result import Arm, ArmName, PatientScores, Run, SiteSummary, StudyResult
@@ -40,9 +42,10 @@ from fedseg.simulation.federation import (
     require_sites,
     run_federation,
 )
+from fedseg.simulation.folder import pin, refuse_occupied
 from fedseg.simulation.overlays import overlays_of
 from fedseg.simulation.rehearsal import Fault
-from fedseg.simulation.scoring import Scorer, released, split_to_measure
+from fedseg.simulation.scoring import Scorer, released, require_measurable, split_to_measure
 from fedseg.updates import SiteName
 
 _VERSIONS = ("fedseg", "flwr", "torch", "monai", "numpy")
@@ -59,7 +62,7 @@ class Options:
         faults: hospitals that fail on purpose.
         table: which CSV of the data folder to read.
         partition: divide data that name no sites: `iid` or `dirichlet:ALPHA`.
-        sites: how many sites to divide them into.
+        sites: how many sites to divide them into; 5 where it is not said.
         device: of torch.
         initial: start from this model instead of the plan's seed (its digest is the plan's).
     """
@@ -70,7 +73,7 @@ class Options:
     faults: tuple[Fault, ...] = ()
     table: str | None = None
     partition: str | None = None
-    sites: int = 5
+    sites: int | None = None
     device: str = "cpu"
     initial: Mapping[str, NDArray[Any]] | None = None
 
@@ -111,17 +114,20 @@ def simulate(
         MissingExtraError: Ray or TensorBoard is not installed.
     """
     options, out = options or Options(), Path(out)
+    if options.sites is not None and options.partition is None:
+        raise PlanError("--sites belongs to --partition: say how the patients are to be divided")
     started, clock = datetime.now(UTC), time.monotonic()
     _require_packages(options.engine)
+    require_device(options.device)
     plan, initial = _built(plan, options.initial)
-    _refuse_occupied(out, plan, resume=options.resume)
+    refuse_occupied(out, plan, resume=options.resume)
     watch(Progress("federated", "checking the data"))
     manifest = read_manifest(
         Path(data),
         plan.task,
         table=options.table,
         partition=options.partition,
-        sites=options.sites,
+        sites=options.sites or 5,
         seed=plan.training.seed,
     )
     unlisted = {f.case for f in manifest.findings if f.severity == "error"}
@@ -143,8 +149,8 @@ def simulate(
         faults=options.faults,
     )
     require_sites(whole)
-    out.mkdir(mode=0o700, parents=True, exist_ok=True)  # pictures of patients will lie here
-    write_atomically(out / "plan.json", plan.canonical_bytes)
+    require_measurable(cohorts)
+    pin(out, plan, fingerprint(cohorts))
     trained = {"federated": _run(whole, "federated", options, watch)}
     for name, alone in baselines_of(whole, out, options.baselines):
         trained[name] = _run(alone, name, options, watch)
@@ -205,21 +211,6 @@ def _built(
     return plan.model_copy(update={"initial": record}), tensors
 
 
-def _refuse_occupied(out: Path, plan: StudyPlan, *, resume: bool) -> None:
-    """Refuse an output folder that holds another study, or this one unless it is resumed."""
-    note = out / "plan.json"
-    if not note.exists():
-        if out.exists() and any(path.suffix != ".part" for path in out.iterdir()):
-            raise DataError(f"{out.name} is not empty and holds no study: give another --out")
-        return
-    if note.read_bytes() != plan.canonical_bytes:
-        raise DataError(f"{out.name} holds a study of another plan: give another --out")
-    if not resume:
-        raise DataError(
-            f"{out.name} holds this study already: go on with --resume, or give another --out"
-        )
-
-
 def _usable_cohorts(
     manifest: Manifest, plan: StudyPlan, progress: Callable[[str], None]
 ) -> tuple[tuple[Cohort, ...], dict[str, int]]:
@@ -241,7 +232,9 @@ def _check_site_name(site: str) -> None:
         TypeAdapter(SiteName).validate_python(site)
     except ValidationError:
         raise DataError(
-            f"a site may be named in letters, digits, '.', '_' and '-', not {site!r}: "
+            "the data name no sites: divide them with --partition iid --sites N"
+            if not site
+            else f"a site may be named in letters, digits, '.', '_' and '-', not {site!r}: "
             "rename it in the manifest"
         ) from None
 
@@ -249,12 +242,15 @@ def _check_site_name(site: str) -> None:
 def _run(federation: Federation, arm: str, options: Options, watch: Watcher) -> Finished:
     """Run one arm; baselines always in this process."""
     engine = options.engine if arm == "federated" else "inprocess"
-    return run_federation(
-        federation,
-        engine=engine,
-        resume=options.resume,
-        observe=lambda event: watch(Progress(arm, event)),
-    )
+    try:
+        return run_federation(
+            federation,
+            engine=engine,
+            resume=options.resume,
+            observe=lambda event: watch(Progress(arm, event)),
+        )
+    except RoundError as error:
+        raise RoundError(f"{error} (each site's reasons: {federation.folder}/sites)") from error
 
 
 def _arm(name: ArmName, trained: Mapping[str, Finished], scorer: Scorer) -> Arm:
@@ -308,8 +304,8 @@ def _write(
     rounds = result.plan.aggregation.rounds
     for key, finished in trained.items():
         name = "model" if key == "federated" else "model-" + key.replace(":", "-")
-        model = released(finished.state, result.plan)
-        save_model(out / f"{name}.safetensors", result.plan, model, arm=key, rounds=rounds)
+        model = released(finished.state, finished.plan)
+        save_model(out / f"{name}.safetensors", finished.plan, model, arm=key, rounds=rounds)
     load_tensors(scorer.network, released(trained["federated"].state, result.plan))
     overlays = overlays_of(result, scorer.network, whole.cohorts, scorer.cache, scorer.split)
     write_curves(result, out)

@@ -188,7 +188,7 @@ def test_scores_that_the_plan_does_not_ask_for_are_malformed(scores: Any) -> Non
 
 
 def test_scores_of_fewer_labels_or_without_value_are_fine() -> None:
-    for scores in ({}, {"dice": {}}, {"dice": {"anterior": None}}):
+    for scores in ({"dice": {}}, {"dice": {"anterior": None}}):
         data = answer(TASK, "site_a", Evaluated(patients=0, scores=scores))
         open_answer(data, PLAN, task=TASK, stage="evaluate", site="site_a")
 
@@ -225,3 +225,22 @@ def test_a_damaged_answer_is_refused_or_has_the_plans_tensors(
     assert header.body.patients < 2**31
     assert all(np.isfinite(array).all() for array in delta.values())
     assert {n: a.shape for n, a in delta.items()} == {n: a.shape for n, a in tiny_model().items()}
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("train", {"steps": 21}),
+        ("train", {"loss": -0.1}),
+        ("evaluate", {"scores": {"dice": {"anterior": 1.1}}}),
+        ("evaluate", {"scores": {"dice": {"anterior": -0.1}}}),
+        ("evaluate", {"scores": {}}),
+    ],
+)
+def test_what_cannot_be_true_of_the_plan_is_malformed(stage: Any, changes: Any) -> None:
+    body = body_of(stage).model_dump() | changes
+    delta = tiny_model() if stage == "train" else {}
+    data = answer(TASK, "site_a", type(body_of(stage)).model_validate(body), delta)
+    with pytest.raises(AnswerError) as refused:
+        open_answer(data, PLAN, task=TASK, stage=stage, site="site_a")
+    assert refused.value.code == "malformed"

@@ -243,4 +243,4 @@ def test_a_damaged_optimiser_state_becomes_one_word(trainer: Trainer, tmp_path: 
     stored = tmp_path / "site" / "state" / "round-000001.safetensors"
     stored.write_bytes(stored.read_bytes()[:100])
     task = sealed(MODEL, round=2)
-    assert code_of(trainer.handle(task), task) == "task"
+    assert code_of(trainer.handle(task), task) == "failed"

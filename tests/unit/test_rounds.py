@@ -180,7 +180,7 @@ def test_a_stage_that_fails_as_often_as_allowed_stops_the_study_and_names_the_si
     with pytest.raises(RoundError, match=r"site_a \(timeout\), site_c \(timeout\).*--resume"):
         require_attempts_left(stopped, plan)
     assert digest_of(stopped.server.model) == plan.built.digest
-    again = fresh_attempts(stopped)
+    again = fresh_attempts(stopped, plan)
     assert again.position == Position(round=1, stage="train", attempt=1)
     assert (again.server, again.history) == (stopped.server, stopped.history)
     end = run_purely(again, plan)[-1]
@@ -191,7 +191,7 @@ def test_a_stage_that_fails_as_often_as_allowed_stops_the_study_and_names_the_si
 def test_fresh_attempts_change_nothing_where_none_was_used() -> None:
     plan = built_plan()
     states = run_purely(first_state(plan, tiny_model()), plan)
-    assert all(fresh_attempts(state) is state for state in states)
+    assert all(fresh_attempts(state, plan) is state for state in states)
 
 
 @pytest.mark.parametrize(("stage", "missing"), [("enlist", 2), ("train", 2), ("evaluate", 0)])

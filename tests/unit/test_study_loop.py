@@ -220,7 +220,7 @@ def nan(task: bytes) -> bytes:
 
 
 def trained(delta: Any = None, site: str = "site_c", **body: Any) -> Site:
-    said = Trained.model_validate({"patients": 4, "steps": 1, "loss": 0.5} | body)
+    said = Trained.model_validate({"patients": 4, "steps": 20, "loss": 0.5} | body)
     return lambda task: answer(task_digest(task), site, said, delta or tiny_model())
 
 
@@ -315,7 +315,7 @@ def test_a_study_stops_when_attempts_are_exhausted_and_goes_on_when_sites_are_me
     with pytest.raises(RoundError, match=r"site_b \(timeout\), site_c \(timeout\)"):
         runner.run(first_state(PLAN, tiny_model()))
     assert kept.states[-1].position == Position(round=2, stage="train", attempt=3)
-    last, grid, _ = study(three(), state=fresh_attempts(kept.states[-1]))
+    last, grid, _ = study(three(), state=fresh_attempts(kept.states[-1], PLAN))
     assert digest_of(last.server.model) == digest_of(UNDISTURBED.server.model)
     assert open_task(grid.tasks[0][1], PLAN)[0].stage == "enlist"
 
