@@ -12,7 +12,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from coordinator.events import SiteAnswered, SiteFailed, StageClosed, StageOpened
-from fedseg.aggregation.rounds import schedule
 from fedseg.plan import StudyPlan
 from fedseg.simulation.study import Progress as StudyProgress
 
@@ -31,9 +30,8 @@ class Display:
             TextColumn("{task.fields[left]}"),
             console=console,
         )
-        self._total = len(list(schedule(plan)))
         self._tasks: dict[str, object] = {}
-        self._started: dict[str, float] = {}
+        self._started: dict[str, tuple[float, int]] = {}
         self._sites: dict[str, dict[str, str]] = {}
         self._live = Live(self._bar, console=console, refresh_per_second=4)
 
@@ -74,13 +72,13 @@ class Display:
         if arm == "federated":
             self._live.update(Group(self._bar, self._table()))
 
-    def _show(self, arm: str, *, round_: int, doing: str, advance: int = 0, left: str = "") -> None:
+    def _show(self, arm: str, *, round_: int, doing: str, left: str = "") -> None:
         """Move an arm's bar."""
         if arm not in self._tasks:
-            self._started[arm] = time.monotonic()
+            self._started[arm] = time.monotonic(), max(round_ - 1, 0)
             self._tasks[arm] = self._bar.add_task(
                 arm,
-                total=self._total,
+                total=self._plan.aggregation.rounds,
                 round=0,
                 rounds=self._plan.aggregation.rounds,
                 doing="",
@@ -88,15 +86,16 @@ class Display:
             )
         task = self._tasks[arm]
         fields = {"left": left} if left else {}
-        self._bar.update(task, advance=advance, round=round_, doing=doing, **fields)  # type: ignore[arg-type]
+        closed = round_ if not doing else max(round_ - 1, 0)
+        self._bar.update(task, completed=closed, round=round_, doing=doing, **fields)  # type: ignore[arg-type]
 
     def _close(self, arm: str, event: StageClosed) -> None:
         """Count a closed stage; without a terminal, a line for it."""
         record = event.record
-        spent = time.monotonic() - self._started.get(arm, time.monotonic())
         rounds = self._plan.aggregation.rounds
-        left = spent / record.round * (rounds - record.round) if record.round else 0.0
-        self._show(arm, round_=record.round, doing="", advance=1, left=f"about {left:.0f} s left")
+        since, first = self._started.get(arm, (time.monotonic(), 0))
+        left = (time.monotonic() - since) / max(record.round - first, 1) * (rounds - record.round)
+        self._show(arm, round_=record.round, doing="", left=f"about {left:.0f} s left")
         if self._console.is_terminal or arm != "federated" or record.stage == "enlist":
             return
         dice = [a.mean_dice for a in record.answers if a.mean_dice is not None]
