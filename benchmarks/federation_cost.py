@@ -201,7 +201,7 @@ def table(result: dict[str, Any]) -> str:
             + (f"  around {arm['around_percent']} %" if "around_percent" in arm else "")
         )
     lines += [f"{name}: left out, {reason}" for name, reason in result["left_out"].items()]
-    return "\n".join(lines)
+    return "\n".join(lines).replace("nan", "  -")
 
 
 def _processor() -> str:
