@@ -41,6 +41,7 @@ CHANGES = {"open", "os.rename", "os.mkdir", "os.remove", "os.chmod", "os.truncat
 
 def run(arguments: list[str], out: Path, event: int | None, delay_s: float | None) -> int | None:
     """Run once; the exit status, or None where the run was killed."""
+    out.with_suffix(".log").touch()  # a child may die before it gets that far
     started = time.monotonic()
     child = os.fork()
     if child == 0:
@@ -57,7 +58,7 @@ def run(arguments: list[str], out: Path, event: int | None, delay_s: float | Non
 
 def _become_fedseg(arguments: list[str], out: Path, event: int | None) -> None:
     """The child: `fedseg simulate` with its output in a file; never returns."""
-    log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     status = 1
