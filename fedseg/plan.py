@@ -288,7 +288,7 @@ class StudyPlan(Frozen):
     initial: InitialModel | None = None
 
     @model_validator(mode="after")
-    def _patch_fits_network(self) -> Self:
+    def _fits_together(self) -> Self:
         if any(a >= self.task.dimensions for a in self.training.augmentation.flip_axes):
             raise ValueError("training.augmentation.flip_axes names an axis the task does not have")
         if self.training.schedule.warmup_rounds >= self.aggregation.rounds:

@@ -7,10 +7,13 @@ traceback. Nothing heavy is imported here.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from fedseg.errors import FedsegError, MissingExtraError
 
@@ -44,3 +47,12 @@ def _end(message: str, style: str, status: int) -> NoReturn:
     console = Console(stderr=True)
     console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
     sys.exit(status)
+
+
+@contextmanager
+def progress_bar(what: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on the error stream, so that JSON on the output stays clean."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda _name: bar.advance(task)

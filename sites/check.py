@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -13,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from fedseg.errors import DataError
 from fedseg.plan import Task, load_plan
+from fedseg.shell import progress_bar
 
 if TYPE_CHECKING:
     from fedseg.imaging.findings import Finding
@@ -71,11 +69,11 @@ def check(
 
     folder = folder.absolute()
     manifest, task, notes = _read(folder, plan, table)
-    with _progress("Inspecting", len(manifest.cases)) as advance:
+    with progress_bar("Inspecting", len(manifest.cases)) as advance:
         inspection = inspect(manifest, task, advance)
     inspection = replace(inspection, findings=(*inspection.findings, *notes))
     if html is not None:
-        with _progress("Drawing", min(len(manifest.cases), MAX_PICTURES)) as advance:
+        with progress_bar("Drawing", min(len(manifest.cases), MAX_PICTURES)) as advance:
             page = render_check_page(
                 inspection, manifest, task, made_at=datetime.now().astimezone(), progress=advance
             )
@@ -116,15 +114,6 @@ def _read(
     if guess.label_map and not manifest.label_map:
         manifest = replace(manifest, label_map=guess.label_map)
     return manifest, guess.task, guess.findings
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on the error stream, so that JSON on the output stays clean."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda _name: bar.advance(task)
 
 
 def _print(inspection: Inspection, task: Task, *, guessed: bool, html: Path | None) -> None:

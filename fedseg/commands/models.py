@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, track
+from rich.progress import track
 from rich.table import Table
 
 from fedseg.errors import DataError
+from fedseg.shell import progress_bar
 
 if TYPE_CHECKING:
     from torch import nn
@@ -143,11 +142,11 @@ def _score(
     from fedseg.imaging.cache import CaseCache
     from fedseg.imaging.quality import inspect, usable
 
-    with _progress("inspecting", len(chosen.cases)) as advance:
+    with progress_bar("inspecting", len(chosen.cases)) as advance:
         broken = usable(inspect(chosen, plan.task, advance))
     prepared = CaseCache(cache, plan.task)
     patients: list[PatientScores] = []
-    with _progress("measuring", len(chosen.cases) - len(broken)) as advance:
+    with progress_bar("measuring", len(chosen.cases) - len(broken)) as advance:
         for site in chosen.sites:
             patients += evaluate_cohort(
                 network,
@@ -159,15 +158,6 @@ def _score(
                 progress=advance,
             )
     return patients, len(broken)
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on the error stream, so that JSON on the output stays clean."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda _name: bar.advance(task)
 
 
 def _measured(header: ModelHeader, patients: list[PatientScores]) -> dict[str, Any]:
