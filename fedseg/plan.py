@@ -31,6 +31,8 @@ from fedseg.errors import PlanError
 MAX_PLAN_BYTES = 4 * 1024 * 1024
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
+SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -43,6 +45,12 @@ class Frozen(BaseModel):
     """A value that came through a door: unknown keys are refused, nothing changes afterwards."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    def canonical_bytes(self) -> bytes:
+        """The bytes that are signed and digested: UTF-8 JSON, sorted keys, no spaces."""
+        value = self.model_dump(mode="json")
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 class Channel(Frozen):
@@ -265,7 +273,7 @@ class TensorSpec(Frozen):
 class InitialModel(Frozen):
     """The model that the study starts from, by digest, and the schema that every update keeps."""
 
-    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    digest: Digest
     tensors: tuple[TensorSpec, ...] = Field(min_length=1)
 
     @property
@@ -312,12 +320,6 @@ class StudyPlan(Frozen):
                 "nothing to normalise: enlarge the patch or give the network fewer channels"
             )
         return self
-
-    @property
-    def canonical_bytes(self) -> bytes:
-        """The bytes that are signed and digested: UTF-8 JSON, sorted keys, no spaces."""
-        value = self.model_dump(mode="json")
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
     @property
     def digest(self) -> str:

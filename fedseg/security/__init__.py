@@ -1,0 +1,1 @@
+"""Who said what, and who may read it: keys, identities, sealed messages, certificates."""

@@ -1,0 +1,76 @@
+"""A document that is signed: JSON with one encoding and no other.
+
+What was signed is rebuilt from what was read, so both must be the same bytes: a document whose
+canonical bytes differ from what came (a key twice, other spaces, "1" for 1, an unknown field) is
+refused. White space at the end is forgiven, since editors and mail add it. The size is bounded
+before anything is parsed, and what came is never quoted except cut and in printable ASCII.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from fedseg.errors import TrustError
+from fedseg.plan import Frozen
+
+Document = TypeVar("Document", bound=Frozen)
+
+
+def open_document(data: bytes, kind: type[Document], *, max_bytes: int, what: str) -> Document:
+    """Read a document from an untrusted source; its signature is still to be verified.
+
+    Args:
+        data: the bytes as they came.
+        kind: the model that it must be.
+        max_bytes: anything larger is refused unread.
+        what: names the document in messages, such as "the bundle".
+
+    Raises:
+        TrustError: too large, not JSON, not this kind of document, or not in canonical form.
+    """
+    if len(data) > max_bytes:
+        raise TrustError(f"{what} has {len(data)} bytes, at most {max_bytes} are allowed")
+    try:
+        document = kind.model_validate_json(data)
+        canonical = document.canonical_bytes
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or "JSON"
+        raise TrustError(
+            f"{what} is not what was expected: {_short(field)}: {_short(first['msg'])}; "
+            "ask for it again"
+        ) from None
+    except (ValueError, RecursionError):
+        raise TrustError(f"{what} is not JSON that can be signed; ask for it again") from None
+    if canonical != data.rstrip():
+        raise TrustError(f"{what} was changed on its way (its form is not canonical); ask again")
+    return document
+
+
+def to_text(data: bytes) -> str:
+    """Bytes as text: base64."""
+    return base64.b64encode(data).decode()
+
+
+def from_text(text: str, size: int | None, what: str) -> bytes:
+    """The bytes of a base64 text, which has one spelling only.
+
+    Raises:
+        TrustError: not base64, or not `size` bytes.
+    """
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise TrustError(f"{what} is not base64") from None
+    if to_text(data) != text or (size is not None and len(data) != size):
+        raise TrustError(f"{what} has {len(data)} bytes or an odd spelling, not {size} bytes")
+    return data
+
+
+def _short(untrusted: object) -> str:
+    """Text of the sender's choice, cut and in printable ASCII, so that any log can hold it."""
+    return ascii(str(untrusted))[1:-1][:80]
