@@ -1,0 +1,241 @@
+"""A study's history counted up: by stage, by site, and how long the rest will take.
+
+Pure: records of closed stages, the answers of the open one and when each site was seen go in,
+values for people come out. A mean over sites weighs by patients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from statistics import median
+
+from fedseg.aggregation.rounds import Position, schedule
+from fedseg.plan import Frozen, StudyPlan
+from fedseg.result import SiteAnswer, SiteFailure, StageRecord
+
+RECENT = 5
+NOT_ASKED = frozenset({"offline"})
+
+
+class RoundValue(Frozen):
+    """One point of a curve."""
+
+    round: int
+    value: float
+
+
+class FailureEntry(Frozen):
+    """A site that gave no usable answer: when, where in the study, and why."""
+
+    round: int
+    stage: str
+    attempt: int
+    site: str
+    code: str
+    reason: str
+    at: str | None = None
+
+
+class Timing(Frozen):
+    """When a stage was closed and how long it was open; unknown (None) where a crash lost it."""
+
+    closed: str | None = None
+    wall_s: float | None = None
+
+
+class StageProgress(Frozen):
+    """One closed stage. `loss` and `dice` are means over the sites that answered."""
+
+    round: int
+    stage: str
+    attempt: int
+    answered: tuple[str, ...]
+    failures: tuple[SiteFailure, ...]
+    loss: float | None
+    dice: float | None
+    bytes_down: int
+    bytes_up: int
+    timing: Timing
+
+
+class OpenStage(Frozen):
+    """The running stage: `nodes` were asked, and these sites have answered, failed or not yet."""
+
+    round: int
+    stage: str
+    attempt: int
+    since: str
+    nodes: int
+    answered: tuple[str, ...] = ()
+    failures: tuple[FailureEntry, ...] = ()
+    waiting_for: tuple[str, ...] = ()
+
+
+class Sighting(Frozen):
+    """When a site was last on line, and when it last answered. `online` None: not known yet."""
+
+    online: bool | None = None
+    last_seen: str | None = None
+    last_answer: str | None = None
+
+
+class SiteProgress(Frozen):
+    """One site over the whole study. Bytes count accepted answers and the tasks sent for them."""
+
+    name: str
+    sighting: Sighting
+    patients: int | None = None
+    answers: int = 0
+    failures: int = 0
+    last_failure: FailureEntry | None = None
+    loss: tuple[RoundValue, ...] = ()
+    dice: tuple[RoundValue, ...] = ()
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One site in one stage: what it answered, or how it failed."""
+
+    record: StageRecord
+    timing: Timing
+    answer: SiteAnswer | None = None
+    failure: SiteFailure | None = None
+
+
+def stages_of(
+    history: Sequence[StageRecord], timings: Sequence[Timing]
+) -> tuple[StageProgress, ...]:
+    """Every closed stage with its time, in order."""
+    return tuple(
+        StageProgress(
+            round=record.round,
+            stage=record.stage,
+            attempt=record.attempt,
+            answered=tuple(answer.site for answer in record.answers),
+            failures=record.failures,
+            loss=_weighted((a.loss, a.patients) for a in record.answers),
+            dice=_weighted((a.mean_dice, a.patients) for a in record.answers),
+            bytes_down=record.bytes_down,
+            bytes_up=record.bytes_up,
+            timing=timing,
+        )
+        for record, timing in _timed(history, timings)
+    )
+
+
+def sites_of(
+    names: Iterable[str],
+    history: Sequence[StageRecord],
+    timings: Sequence[Timing],
+    seen: Mapping[str, Sighting],
+) -> tuple[SiteProgress, ...]:
+    """Every site that is enrolled or took part, sorted by name.
+
+    Args:
+        history: closed stages, and the open one as far as it got.
+    """
+    parts: dict[str, list[Asked]] = {name: [] for name in sorted(names)}
+    timed = _timed(history, timings)
+    for record, timing in timed:
+        for answer in record.answers:
+            parts.setdefault(answer.site, []).append(Asked(record, timing, answer=answer))
+    for record, timing in timed:
+        for failure in record.failures:
+            if failure.site in parts:  # a node that never enlisted has a number, and is no site
+                parts[failure.site].append(Asked(record, timing, failure=failure))
+    return tuple(_site(name, parts[name], seen.get(name, Sighting())) for name in sorted(parts))
+
+
+def failure_entry(record: StageRecord, failure: SiteFailure, at: str | None) -> FailureEntry:
+    """A failure with its place in the study."""
+    return FailureEntry(
+        round=record.round,
+        stage=record.stage,
+        attempt=record.attempt,
+        site=failure.site,
+        code=failure.code,
+        reason=failure.reason,
+        at=at,
+    )
+
+
+def seconds_left(
+    plan: StudyPlan, position: Position | None, stages: Sequence[StageProgress], open_s: float
+) -> float | None:
+    """How long the study will go on, if stages take as long as they lately did.
+
+    Args:
+        position: the stage that is open or comes next; None when the study is finished.
+        open_s: how long it has been open.
+
+    Returns:
+        Seconds, or None while no training stage was timed.
+    """
+    if position is None:
+        return 0.0
+    usual = {
+        kind: median(times[-RECENT:])
+        for kind in ("enlist", "train", "evaluate", "release")
+        if (times := [s.timing.wall_s for s in stages if s.stage == kind and s.timing.wall_s])
+    }
+    if "train" not in usual:
+        return None
+    order = list(schedule(plan))
+    place = (position.round, position.stage)
+    rest = order[order.index(place) :] if place in order else []
+    times = [usual.get(stage, 0.0) for _, stage in rest]
+    return max(0.0, times[0] - open_s) + sum(times[1:]) if times else 0.0
+
+
+def _site(name: str, parts: Sequence[Asked], sighting: Sighting) -> SiteProgress:
+    """One site's line."""
+    answers = [(p.record, p.answer) for p in parts if p.answer]
+    failures = [failure_entry(p.record, p.failure, p.timing.closed) for p in parts if p.failure]
+    return SiteProgress(
+        name=name,
+        sighting=sighting,
+        patients=next((a.patients for r, a in answers[::-1] if r.stage == "enlist"), None),
+        answers=len(answers),
+        failures=len(failures),
+        last_failure=failures[-1] if failures else None,
+        loss=_curve((r.round, a.loss) for r, a in answers),
+        dice=_curve((r.round, a.mean_dice) for r, a in answers),
+        bytes_down=sum(_share(p.record) for p in parts if not _never_asked(p)),
+        bytes_up=sum(answer.bytes_up for _, answer in answers),
+    )
+
+
+def _timed(
+    history: Sequence[StageRecord], timings: Sequence[Timing]
+) -> list[tuple[StageRecord, Timing]]:
+    """Records with their times; those without one get an unknown time."""
+    pairs = zip_longest(history, timings[: len(history)], fillvalue=None)
+    return [(record, timing or Timing()) for record, timing in pairs if record is not None]
+
+
+def _share(record: StageRecord) -> int:
+    """Bytes of one site's task: all sites are sent the same."""
+    failed = sum(failure.code not in NOT_ASKED for failure in record.failures)
+    return record.bytes_down // max(1, len(record.answers) + failed)
+
+
+def _never_asked(part: Asked) -> bool:
+    """Was the site away when the task went out?"""
+    return part.failure is not None and part.failure.code in NOT_ASKED
+
+
+def _curve(points: Iterable[tuple[int, float | None]]) -> tuple[RoundValue, ...]:
+    """The points that have a value; a round that was trained again counts with its last."""
+    known = {round_: value for round_, value in points if value is not None}
+    return tuple(RoundValue(round=round_, value=value) for round_, value in known.items())
+
+
+def _weighted(pairs: Iterable[tuple[float | None, int]]) -> float | None:
+    """Mean of the values there are, by patients; None where there is none."""
+    known = [(value, patients) for value, patients in pairs if value is not None and patients > 0]
+    total = sum(patients for _, patients in known)
+    return sum(value * patients for value, patients in known) / total if total else None

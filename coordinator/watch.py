@@ -1,0 +1,265 @@
+"""The observer that keeps run/progress.json: every event goes in, the document comes out.
+
+What the checkpoint's history says is taken from there, so a restarted ServerApp writes the same
+document again; only times, and who was last seen when, come from the document before. A disk that
+refuses the file stops no round: the study does not depend on it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Sequence
+from datetime import UTC, datetime
+from itertools import zip_longest
+from pathlib import Path
+
+from coordinator.events import Event, SiteAnswered, SiteFailed, StageClosed, StageOpened
+from coordinator.progress import Checkpoint, Phase, Progress, load_progress, rounds_closed
+from coordinator.tally import (
+    OpenStage,
+    Sighting,
+    StageProgress,
+    Timing,
+    failure_entry,
+    seconds_left,
+    sites_of,
+    stages_of,
+)
+from fedseg.aggregation.rounds import StudyState
+from fedseg.arrays import digest_of
+from fedseg.container import write_atomically
+from fedseg.errors import StorageError, TrustError
+from fedseg.plan import StudyPlan
+from fedseg.result import SiteAnswer, SiteFailure, StageRecord
+
+logger = logging.getLogger(__name__)
+
+AWAY = frozenset({"offline", "unavailable"})
+
+
+class Watch:
+    """Follows one study and keeps its document: an `Observer` that also sees states stored.
+
+    Use one a run: `Study(..., observe=watch)`, with a store that calls `stored` after it has saved.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        plan: StudyPlan,
+        state: StudyState,
+        *,
+        sites: Iterable[str] = (),
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        """Begin from a study's state and from the document that an earlier run left.
+
+        Args:
+            path: the document; a damaged one is replaced.
+            sites: who is enrolled.
+        """
+        self._path, self._plan, self._now = path, plan, now
+        self._sites = tuple(sites)
+        self._position, self._history = state.position, state.history
+        self._open: OpenStage | None = None
+        self._answers: list[SiteAnswer] = []
+        self._failures: list[SiteFailure] = []
+        self._phase: Phase = "finished" if state.position is None else "waiting"
+        self._note = ""
+        before = _before(path, plan)
+        self._started = before.started if before else self._time()
+        self._seen = {site.name: site.sighting for site in before.sites} if before else {}
+        self._seen = {k: s.model_copy(update={"online": None}) for k, s in self._seen.items()}
+        self._timings = _timings(self._history, before.stages if before else ())
+        self._checkpoint = before.checkpoint if before else None
+        self._write()
+
+    def __call__(self, event: Event) -> None:
+        """Take an event in and write the document."""
+        match event:
+            case StageOpened():
+                self._opened(event)
+            case SiteAnswered():
+                self._answered(event.answer)
+            case SiteFailed():
+                self._failed(event.failure)
+            case StageClosed():
+                self._closed(event)
+        self._write()
+
+    def stored(self, state: StudyState) -> None:
+        """A state is on disk: the checkpoint from which a restart goes on."""
+        self._checkpoint = Checkpoint(
+            at=self._time(),
+            model=digest_of(state.server.model),
+            round=rounds_closed(state.position, self._plan),
+        )
+        self._position, self._history = state.position, state.history
+
+    def enrolled(self, sites: Iterable[str]) -> None:
+        """The roll changed: these sites are enrolled now."""
+        self._sites = tuple(sites)
+        self._write()
+
+    def online(self, sites: Collection[str]) -> None:
+        """These sites, and no others, are on line now; write where that is news."""
+        known = {*self._names(), *sites}
+        for name in known:
+            here = name in sites
+            own = self._seen.get(name, Sighting())
+            seen = self._time() if here else own.last_seen
+            self._seen[name] = own.model_copy(update={"online": here, "last_seen": seen})
+        self._write()
+
+    def say(self, phase: Phase, note: str = "") -> None:
+        """The study was paused, resumed, stopped, or failed; a note says why."""
+        self._phase, self._note = phase, note
+        self._write()
+
+    def document(self) -> Progress:
+        """The document as of now."""
+        stages = stages_of(self._history, self._timings)
+        history, timings = self._with_the_open_stage()
+        return Progress(
+            study=self._plan.study,
+            plan=self._plan.digest,
+            rounds=self._plan.aggregation.rounds,
+            rounds_closed=rounds_closed(self._position, self._plan),
+            minimum_sites=self._plan.aggregation.minimum_sites,
+            attempts=self._plan.aggregation.attempts,
+            started=self._started,
+            updated=self._time(),
+            phase=self._phase,
+            note=self._note,
+            open=self._open,
+            sites=sites_of(self._sites, history, timings, self._seen),
+            stages=stages,
+            checkpoint=self._checkpoint,
+            left_s=seconds_left(self._plan, self._position, stages, self._open_s()),
+        )
+
+    def _opened(self, event: StageOpened) -> None:
+        """A task goes out."""
+        self._phase, self._note = "running", ""
+        self._answers, self._failures = [], []
+        self._open = OpenStage(
+            round=event.round,
+            stage=event.stage,
+            attempt=event.attempt,
+            since=self._time(),
+            nodes=event.nodes,
+            waiting_for=self._names(),
+        )
+
+    def _answered(self, answer: SiteAnswer) -> None:
+        """A site answered: it is here."""
+        self._answers.append(answer)
+        self._failures = [f for f in self._failures if f.site != answer.site]
+        seen = Sighting(online=True, last_seen=self._time(), last_answer=self._time())
+        self._seen[answer.site] = seen
+        self._refresh()
+
+    def _failed(self, failure: SiteFailure) -> None:
+        """A site gave no usable answer; one that is away is not on line."""
+        self._failures = [f for f in self._failures if f.site != failure.site]
+        self._failures.append(failure)
+        if failure.code in AWAY:
+            own = self._seen.get(failure.site, Sighting())
+            self._seen[failure.site] = own.model_copy(update={"online": False})
+        self._refresh()
+
+    def _closed(self, event: StageClosed) -> None:
+        """A stage is over."""
+        if self._history[-1:] != (event.record,):
+            self._history = (*self._history, event.record)
+        missing = len(self._history) - 1 - len(self._timings)
+        self._timings += [Timing()] * missing
+        self._timings.append(Timing(closed=self._time(), wall_s=round(event.wall_s, 3)))
+        self._open, self._answers, self._failures = None, [], []
+        if self._position is None:
+            self._phase = "finished"
+
+    def _refresh(self) -> None:
+        """The open stage with what came so far."""
+        if self._open is None:
+            return
+        record = self._open_record(self._open)
+        answered = tuple(sorted(answer.site for answer in self._answers))
+        done = {*answered, *(failure.site for failure in self._failures)}
+        self._open = self._open.model_copy(
+            update={
+                "answered": answered,
+                "failures": tuple(failure_entry(record, f, self._time()) for f in self._failures),
+                "waiting_for": tuple(name for name in self._names() if name not in done),
+            }
+        )
+
+    def _with_the_open_stage(self) -> tuple[tuple[StageRecord, ...], list[Timing]]:
+        """The history and, as its last record, the open stage as far as it got."""
+        if self._open is None:
+            return self._history, self._timings
+        timings = [*self._timings, *[Timing()] * (len(self._history) - len(self._timings))]
+        return (*self._history, self._open_record(self._open)), [
+            *timings,
+            Timing(closed=self._time()),
+        ]
+
+    def _open_record(self, stage: OpenStage) -> StageRecord:
+        """The open stage as a record."""
+        return StageRecord(
+            round=stage.round,
+            stage=stage.stage,
+            attempt=stage.attempt,
+            bytes_down=0,
+            bytes_up=sum(answer.bytes_up for answer in self._answers),
+            answers=tuple(self._answers),
+            failures=tuple(self._failures),
+        )
+
+    def _names(self) -> tuple[str, ...]:
+        """Everybody who is enrolled or has ever answered."""
+        answered = {answer.site for record in self._history for answer in record.answers}
+        answered |= {answer.site for answer in self._answers}
+        return tuple(sorted({*self._sites, *answered}))
+
+    def _open_s(self) -> float:
+        """How long the open stage has been open."""
+        if self._open is None:
+            return 0.0
+        return (self._now() - datetime.fromisoformat(self._open.since)).total_seconds()
+
+    def _time(self) -> str:
+        """Now, as the document writes it."""
+        return self._now().astimezone(UTC).isoformat(timespec="seconds")
+
+    def _write(self) -> None:
+        """Replace the file. The study does not depend on it, so a full disk is only logged."""
+        data = self.document().model_dump_json().encode()
+        try:
+            write_atomically(self._path, data, 0o640)
+        except StorageError as error:
+            logger.warning("the progress document is out of date: %s", error)
+
+
+def _before(path: Path, plan: StudyPlan) -> Progress | None:
+    """What an earlier run of the same plan left, if it can be read."""
+    try:
+        before = load_progress(path)
+    except TrustError as error:
+        logger.warning("times before this start are unknown: %s", error)
+        return None
+    return before if before and before.plan == plan.digest else None
+
+
+def _timings(history: Sequence[StageRecord], before: Sequence[StageProgress]) -> list[Timing]:
+    """The times of the stages that the history and the document before have in common."""
+    pairs = zip_longest(history, before[: len(history)], fillvalue=None)
+    return [_same(record, stage) for record, stage in pairs if record is not None]
+
+
+def _same(record: StageRecord, stage: StageProgress | None) -> Timing:
+    """The time of a stage if it is the record's."""
+    if stage is None:
+        return Timing()
+    key = (record.round, record.stage, record.attempt)
+    return stage.timing if (stage.round, stage.stage, stage.attempt) == key else Timing()
