@@ -347,6 +347,19 @@ def parse_plan(data: bytes, source: str = "the plan") -> StudyPlan:
         PlanError: not YAML, a field is unknown or wrong, or fields contradict each other; the
             message names each field and what to do.
     """
+    value = read_mapping(data, source)
+    try:
+        return StudyPlan.model_validate(value)
+    except ValidationError as error:
+        raise PlanError(f"{source} does not hold:\n{_explain(error)}") from None
+
+
+def read_mapping(data: bytes, source: str) -> dict[Any, Any]:
+    """Read a YAML mapping that people edit: bounded, plain types, no key twice, no aliases.
+
+    Raises:
+        PlanError: too large, not YAML, or not a mapping.
+    """
     if len(data) > MAX_PLAN_BYTES:
         raise PlanError(f"{source} is larger than {MAX_PLAN_BYTES} bytes: that is no study plan")
     try:
@@ -355,10 +368,7 @@ def parse_plan(data: bytes, source: str = "the plan") -> StudyPlan:
         raise PlanError(f"{source} is not valid YAML: {error}") from None
     if not isinstance(value, dict):
         raise PlanError(f"{source} must be a YAML mapping; `fedseg plan new` writes an example")
-    try:
-        return StudyPlan.model_validate(value)
-    except ValidationError as error:
-        raise PlanError(f"{source} does not hold:\n{_explain(error)}") from None
+    return value
 
 
 def load_plan(path: str | Path) -> StudyPlan:
