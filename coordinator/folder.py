@@ -284,14 +284,31 @@ def load_settings(path: Path) -> Settings:
         ) from None
     except OSError as error:
         raise DataError(f"cannot read the study's {path.name}: {error.strerror}") from None
+    if len(data) > MAX_SETTINGS_BYTES:
+        raise DataError(f"{path.name} is larger than {MAX_SETTINGS_BYTES} bytes")
     try:
-        if len(data) > MAX_SETTINGS_BYTES:
-            raise DataError(f"{path.name} is larger than {MAX_SETTINGS_BYTES} bytes")
         return Settings.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or "file"
-        raise DataError(f"{path.name} does not hold: {field}: {first['msg']}") from None
+        raise DataError(f"{path.name} does not hold: {_first(error)}") from None
+
+
+def new_settings(**values: str | int) -> Settings:
+    """Settings as somebody gave them on the command line.
+
+    Raises:
+        DataError: one of them cannot be.
+    """
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise DataError(f"the study cannot be set up like this: {_first(error)}") from None
+
+
+def _first(error: ValidationError) -> str:
+    """The first field that is wrong, and why."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    field = ".".join(str(part) for part in first["loc"]) or "file"
+    return f"{field}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def _is_address(text: str) -> bool:
