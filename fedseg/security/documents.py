@@ -10,14 +10,38 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import TypeVar
+import json
+from datetime import datetime, timedelta
+from typing import Annotated, TypeVar
 
-from pydantic import ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from fedseg.errors import TrustError
 from fedseg.plan import Frozen
 
 Document = TypeVar("Document", bound=Frozen)
+
+
+def moment(text: str) -> datetime:
+    """The time that an ISO 8601 text in UTC names, such as 2026-01-31T12:00:00+00:00.
+
+    Raises:
+        ValueError: not such a text.
+    """
+    found = datetime.fromisoformat(text)
+    if found.utcoffset() != timedelta(0):
+        raise ValueError("a time in UTC is needed, such as 2026-01-31T12:00:00+00:00")
+    return found
+
+
+def _checked_moment(text: str) -> str:
+    """The text, once it is seen to name a time."""
+    moment(text)
+    return text
+
+
+Moment = Annotated[str, Field(max_length=40), AfterValidator(_checked_moment)]
+Signature = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{86}==$")]
 
 
 def open_document(data: bytes, kind: type[Document], *, max_bytes: int, what: str) -> Document:
@@ -49,6 +73,12 @@ def open_document(data: bytes, kind: type[Document], *, max_bytes: int, what: st
     if canonical != data.rstrip():
         raise TrustError(f"{what} was changed on its way (its form is not canonical); ask again")
     return document
+
+
+def signable(document: Frozen) -> bytes:
+    """The canonical bytes of a document without its field `signature`."""
+    value = document.model_dump(mode="json", exclude={"signature"})
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def to_text(data: bytes) -> str:

@@ -1,8 +1,8 @@
 """Keys of a site and of a study: Ed25519 to sign, a hybrid of ML-KEM and X25519 to receive.
 
 A signature (Ed25519, RFC 8032) covers `fedseg:CONTEXT\\0` before the data, so that what is signed
-as one kind of thing is never valid as another. A secret is wrapped for a receiver by HPKE (RFC 9180)
-in base mode with ML-KEM-768 (FIPS 203) and X25519 together, HKDF-SHA256 and ChaCha20-Poly1305: who
+as one kind of thing is never valid as another. A secret is wrapped for a receiver by HPKE (RFC
+9180, base mode) with ML-KEM-768 (FIPS 203) and X25519 together, HKDF and ChaCha20-Poly1305: who
 records it today must break both to read it one day. Base mode says nothing of the sender; envelopes
 are signed for that. Private keys are written once, mode 0600, and never printed.
 """
