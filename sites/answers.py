@@ -1,0 +1,157 @@
+"""What a site has answered: a task that comes again gets its answer again and trains nothing.
+
+A folder a round and stage. A task is known by its digest: that it was begun is on disk before any
+work starts, and work is never begun on more tasks of a stage than the plan has attempts. Once the work is done its plain answer is kept, then the sealed one, each whole or not at all. So a
+crash costs at most the work that was open, and a coordinator that lost its receiving key gets the
+same answer under a new one. Plain answers are kept for the rounds that a coordinator restored from
+a backup may go back to, sealed ones for the last few.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from fedseg.container import write_atomically
+from fedseg.errors import StorageError, TrustError
+
+PLAIN_ROUNDS_KEPT = 20
+SEALED_ROUNDS_KEPT = 3
+_SLOT = re.compile(r"(\d{6,10})-([a-z_]{1,32})")
+
+
+@dataclass(frozen=True, order=True)
+class Slot:
+    """A stage of a round."""
+
+    round: int
+    stage: str
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return f"{self.round:06d}-{self.stage}"
+
+
+class Answers:
+    """The begun and answered tasks of one study at one site."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def begun(self, slot: Slot) -> frozenset[str]:
+        """The digests of the tasks of a stage on which work was begun."""
+        return frozenset(path.stem for path in (self._folder / slot.name).glob("*.begun"))
+
+    def begin(self, slot: Slot, about: str, attempts: int | None) -> None:
+        """Note that work on a task begins; it is on disk when this returns.
+
+        Args:
+            attempts: on how many different tasks of this stage work may ever be begun; None: any.
+
+        Raises:
+            TrustError: another model came for a stage that was served as often as the plan allows,
+                or the round is so old that its answers were cleared away.
+            StorageError: it could not be written.
+        """
+        served, last = self.begun(slot), self.last
+        if last is not None and slot.round <= last.round - PLAIN_ROUNDS_KEPT:
+            raise TrustError(f"a task of round {slot.round} came, the site is at {last.round}")
+        if about in served:
+            return
+        if attempts is not None and len(served) >= attempts:
+            raise TrustError(
+                f"{len(served)} tasks of round {slot.round}, stage {slot.stage}, were served, all "
+                "that the plan's attempts allow, and another one came"
+            )
+        write_atomically(self._path(slot, about, "begun"), b"", mode=0o600)
+        self._clear(slot.round)
+
+    def sealed(self, slot: Slot, about: str, reply_to: str) -> Path | None:
+        """The stored answer for this receiving key, or None."""
+        path = self._path(slot, f"{about}.{_short(reply_to)}", "sealed")
+        return path if path.exists() else None
+
+    @contextmanager
+    def sealing(self, slot: Slot, about: str, reply_to: str) -> Iterator[BinaryIO]:
+        """A file to seal an answer into; it is durable when the block ends, or not there at all.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        with _whole(self._path(slot, f"{about}.{_short(reply_to)}", "sealed")) as file:
+            yield file
+
+    def plain(self, slot: Slot, about: str) -> bytes | None:
+        """The stored answer before it was sealed, or None."""
+        try:
+            return self._path(slot, about, "plain").read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def keep(self, slot: Slot, about: str, answer: bytes) -> None:
+        """Store an answer before it is sealed.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        write_atomically(self._path(slot, about, "plain"), answer, mode=0o600)
+
+    @property
+    def last(self) -> Slot | None:
+        """The last round and stage on which work was begun, or None."""
+        return max(self._slots(), default=None)
+
+    def _clear(self, newest: int) -> None:
+        """Remove what is too old to be asked for; that it was begun stays known."""
+        kept = {"sealed": SEALED_ROUNDS_KEPT, "plain": PLAIN_ROUNDS_KEPT}
+        for slot in self._slots():
+            for kind, rounds in kept.items():
+                if slot.round <= newest - rounds:
+                    for path in (self._folder / slot.name).glob(f"*.{kind}"):
+                        path.unlink(missing_ok=True)
+
+    def _slots(self) -> Iterator[Slot]:
+        """Every stage that has a folder."""
+        for path in self._folder.glob("*-*"):
+            match = _SLOT.fullmatch(path.name)
+            if match:
+                yield Slot(int(match[1]), match[2])
+
+    def _path(self, slot: Slot, name: str, kind: str) -> Path:
+        """Where something of a task lies."""
+        return self._folder / slot.name / f"{name}.{kind}"
+
+
+def _short(reply_to: str) -> str:
+    """A receiving key in a file's name."""
+    return hashlib.sha256(reply_to.encode()).hexdigest()[:32]
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """Write a seekable file that is there whole, and safe from a power cut, or not at all."""
+    draft = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with os.fdopen(os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise StorageError(f"an answer cannot be stored: {error.strerror}; make room") from error
+    finally:
+        with suppress(OSError):
+            draft.unlink()
