@@ -1,8 +1,8 @@
-"""The consortium's small CA, and the server certificate by which sites know the coordinator's door.
+"""The consortium's small CA, and the server certificate by which sites know the coordinator.
 
-One root (P-384, ten years) signs server certificates (P-256, 397 days) and nothing below them. Sites
-pin the root with the bundle and no public CA counts, so whoever intercepts TLS shows. What passes
-through that door is sealed anyway; TLS keeps Flower's own words and the node keys' sessions private.
+One root (P-384, ten years) signs server certificates (P-256, 397 days) and nothing below them.
+Sites pin the root with the bundle and no public CA counts, so whoever intercepts TLS shows. What
+passes inside is sealed anyway; TLS keeps Flower's own words private.
 """
 
 from __future__ import annotations

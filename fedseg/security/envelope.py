@@ -1,13 +1,11 @@
-"""One sealed message, from file to file, however large: who sent it shows, only its readers read it.
+"""One sealed message, from file to file, however large: its sender shows, only its readers read it.
 
     8 bytes magic | header length, u32 | header, JSON | 64 bytes signature of the header | chunks
 
-A content key, new for every message, encrypts 1 MiB chunks by ChaCha20-Poly1305 (RFC 8439). Their
-nonces are STREAM's (Hoang, Reyhanitabar, Rogaway and Vizar, CRYPTO 2015): a counter and a flag on
-the last, so chunks can be neither reordered nor dropped. The content key is wrapped once for each
-recipient by HPKE, bound to the rest of the header and the recipient's name: a model for twenty
-hospitals is encrypted once. The sender signs the header, and with it the digest of all chunks, what
-the message is about and every wrapped key.
+A content key, new for every message, encrypts the chunks (`fedseg.security.stream`). It is wrapped
+once for each recipient by HPKE, bound to the rest of the header and the recipient's name: a model
+for twenty hospitals is encrypted once. The sender signs the header, and with it the digest of all
+chunks, what the message is about and every wrapped key.
 
 Opening goes in this order: bounds, the signature by the key that the caller expects, kind and
 study, the digest of the ciphertext, and only then is anything decrypted. A task's plaintext must
@@ -23,12 +21,9 @@ from __future__ import annotations
 import hashlib
 import io
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
-from mmap import mmap
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, BinaryIO, Literal, Self
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from pydantic import Field, model_validator
 
 from fedseg.errors import TrustError
@@ -36,17 +31,22 @@ from fedseg.plan import Digest, Frozen, Name, SiteName
 from fedseg.security.documents import from_text, open_document, to_text
 from fedseg.security.identity import COORDINATOR, MAX_SITES
 from fedseg.security.keys import SIGNATURE_BYTES, ReceivingKey, SealingKey, SigningKey, VerifyKey
+from fedseg.security.stream import (
+    KEY_BYTES,
+    Buffer,
+    decrypt,
+    encrypt,
+    exactly,
+    sealed_bytes,
+    sealed_digest,
+)
 
 MAGIC = b"fedseg\x01\n"
-CHUNK_BYTES = 1024 * 1024
-TAG_BYTES = 16
 MAX_HEADER_BYTES = 1024 * 1024
 _LENGTH_BYTES = 4
-_KEY_BYTES = 32
 _ENVELOPE = "envelope"
 _NO_DIGEST = "0" * 64
 
-Buffer = bytes | bytearray | memoryview | mmap
 Kind = Literal["task", "answer"]
 
 
@@ -121,7 +121,7 @@ def seal_envelope(
     """
     if not 0 < len(recipients) <= MAX_SITES:
         raise ValueError(f"an envelope has 1 to {MAX_SITES} recipients, not {len(recipients)}")
-    content_key = secrets.token_bytes(_KEY_BYTES)
+    content_key = secrets.token_bytes(KEY_BYTES)
     blank = EnvelopeHeader(
         kind=kind,
         study=study,
@@ -140,7 +140,7 @@ def seal_envelope(
     header = EnvelopeHeader.model_validate({**blank.model_dump(), "keys": wrapped})
     start = sink.tell()
     _write_head(sink, header, bytes(SIGNATURE_BYTES))
-    plain, cipher = _encrypt(sink, source, size, ChaCha20Poly1305(content_key))
+    plain, cipher = encrypt(sink, source, size, content_key)
     if kind == "task" and plain != about:
         raise ValueError("`about` of a task is the SHA-256 of the task itself")
     header = header.model_copy(update={"ciphertext": cipher})
@@ -206,16 +206,13 @@ def open_envelope(
     if recipient not in header.keys:
         raise TrustError(f"the {kind} was not sealed for {recipient!r}")
     start = source.tell()
-    cipher = hashlib.sha256()
-    for chunk in _chunks(source, header.size):
-        cipher.update(chunk)
-    if source.read(1) or cipher.hexdigest() != header.ciphertext:
+    if sealed_digest(source, header.size) != header.ciphertext or source.read(1):
         raise TrustError(f"the {kind} was changed or cut on its way: its content is not as signed")
     wrapped = from_text(header.keys[recipient], None, "the content key")
     blank = header.model_copy(update={"keys": {}, "ciphertext": _NO_DIGEST})
     content_key = key.unwrap(wrapped, _info(blank, recipient))
     source.seek(start)
-    plain = _decrypt(source, sink, header.size, content_key)
+    plain = decrypt(source, sink, header.size, content_key)
     if kind == "task" and plain != header.about:
         raise TrustError("the task is not the one that its envelope names")
     return header
@@ -238,7 +235,7 @@ def open_bytes(data: bytes, **expected: Any) -> tuple[EnvelopeHeader, bytes]:
 def envelope_limit(max_bytes: int) -> int:
     """The largest envelope in bytes whose plaintext has at most `max_bytes`."""
     head = len(MAGIC) + _LENGTH_BYTES + MAX_HEADER_BYTES + SIGNATURE_BYTES
-    return head + max_bytes + TAG_BYTES * _count(max_bytes)
+    return head + sealed_bytes(max_bytes)
 
 
 def _write_head(sink: BinaryIO, header: EnvelopeHeader, signature: bytes) -> None:
@@ -249,97 +246,18 @@ def _write_head(sink: BinaryIO, header: EnvelopeHeader, signature: bytes) -> Non
 
 def _read_head(source: BinaryIO, max_bytes: int) -> tuple[EnvelopeHeader, bytes, bytes]:
     """The header, its bytes and the signature, unverified."""
-    start = _exactly(source, len(MAGIC) + _LENGTH_BYTES)
+    start = exactly(source, len(MAGIC) + _LENGTH_BYTES)
     length = int.from_bytes(start[len(MAGIC) :], "big")
     if not start.startswith(MAGIC) or length > MAX_HEADER_BYTES:
         raise TrustError("what came is not an envelope of fedseg")
-    raw = _exactly(source, length)
+    raw = exactly(source, length)
     what = "the envelope's header"
     header = open_document(raw, EnvelopeHeader, max_bytes=MAX_HEADER_BYTES, what=what)
     if header.size > max_bytes:
         raise TrustError(f"a message of {header.size} bytes came, at most {max_bytes} are allowed")
-    return header, raw, _exactly(source, SIGNATURE_BYTES)
-
-
-def _encrypt(
-    sink: BinaryIO, source: Iterable[Buffer], size: int, cipher: ChaCha20Poly1305
-) -> tuple[str, str]:
-    """Write the chunks; the digests of plaintext and ciphertext."""
-    plain, sealed = hashlib.sha256(), hashlib.sha256()
-    done, last = 0, _count(size) - 1
-    for number, piece in enumerate(_pieces(source)):
-        if number > last or len(piece) != min(CHUNK_BYTES, size - done):
-            raise ValueError(f"the message is not of the {size} bytes that were announced")
-        chunk = cipher.encrypt(_nonce(number, number == last), piece, None)
-        plain.update(piece)
-        sealed.update(chunk)
-        sink.write(chunk)
-        done += len(piece)
-    if done != size:
-        raise ValueError(f"the message has {done} bytes, {size} were announced")
-    return plain.hexdigest(), sealed.hexdigest()
-
-
-def _decrypt(source: BinaryIO, sink: BinaryIO, size: int, content_key: bytes) -> str:
-    """Write the plaintext; its digest."""
-    if len(content_key) != _KEY_BYTES:
-        raise TrustError("the content key has not the length of one")
-    cipher, plain, last = ChaCha20Poly1305(content_key), hashlib.sha256(), _count(size) - 1
-    try:
-        for number, chunk in enumerate(_chunks(source, size)):
-            piece = cipher.decrypt(_nonce(number, number == last), chunk, None)
-            plain.update(piece)
-            sink.write(piece)
-    except InvalidTag:
-        raise TrustError("a chunk of the message does not open: what was written is void") from None
-    return plain.hexdigest()
-
-
-def _pieces(source: Iterable[Buffer]) -> Iterator[memoryview | bytearray]:
-    """The plaintext in chunks, the last one shorter; one empty chunk where there is nothing.
-
-    A piece that holds whole chunks is not copied.
-    """
-    rest, any_yet = bytearray(), False
-    for buffer in source:
-        view = memoryview(buffer).cast("B")
-        while len(rest) + len(view) >= CHUNK_BYTES:
-            taken = CHUNK_BYTES - len(rest)
-            yield rest + view[:taken] if rest else view[:taken]
-            any_yet, rest, view = True, bytearray(), view[taken:]
-        rest += view
-    if rest or not any_yet:
-        yield rest
-
-
-def _chunks(source: BinaryIO, size: int) -> Iterator[bytes]:
-    """The ciphertext in chunks, as many as the plaintext's size asks for."""
-    for number in range(_count(size)):
-        left = size - number * CHUNK_BYTES
-        yield _exactly(source, min(CHUNK_BYTES, left) + TAG_BYTES)
-
-
-def _count(size: int) -> int:
-    """How many chunks a plaintext has; an empty one has one, so that its end is authentic too."""
-    return max(1, -(-size // CHUNK_BYTES))
-
-
-def _nonce(number: int, last: bool) -> bytes:
-    """STREAM's nonce of a chunk; the key is new for every message, so no prefix is needed."""
-    return number.to_bytes(11, "big") + (b"\x01" if last else b"\x00")
+    return header, raw, exactly(source, SIGNATURE_BYTES)
 
 
 def _info(blank: EnvelopeHeader, recipient: str) -> bytes:
     """What a wrapped key is bound to: the header without keys and ciphertext, and the recipient."""
     return hashlib.sha256(blank.canonical_bytes).digest() + recipient.encode()
-
-
-def _exactly(source: BinaryIO, size: int) -> bytes:
-    """So many bytes, or the message is cut."""
-    data = source.read(size)
-    while len(data) < size:
-        more = source.read(size - len(data))
-        if not more:
-            raise TrustError("the message ends before its end: it was cut on its way")
-        data += more
-    return data
