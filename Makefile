@@ -1,6 +1,7 @@
 # make demo      a five-hospital study on generated phantoms, or on DATA=DIR; report in demo/study/report.html
 # make test      everything that must hold, within minutes
 # make test-slow the full counts
+# make locks     what the containers install, with hashes, anew from pyproject.toml
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -9,8 +10,11 @@ DATA   ?=
 STUDY  ?=
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+LOCK    = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+          --no-emit-index-url --no-emit-find-links --custom-compile-command 'make locks' --constraint constraints.txt
+
 .DEFAULT_GOAL := help
-.PHONY: help venv system demo lint types test test-slow clean
+.PHONY: help venv system demo lint types test test-slow locks clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -45,6 +49,13 @@ test: lint types
 
 test-slow: venv
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
+
+locks: venv
+	$(LOCK) pyproject.toml -o locks/relay.txt
+	$(LOCK) pyproject.toml --extra coordinator -o locks/coordinator.txt
+	$(LOCK) pyproject.toml --extra site -o locks/trainer.txt
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
+	| $(LOCK) - -o locks/build.txt
 
 clean:
 	rm -rf demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
