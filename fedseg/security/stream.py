@@ -25,30 +25,42 @@ KEY_BYTES = 32
 Buffer = bytes | bytearray | memoryview | mmap
 
 
-def encrypt(
-    sink: BinaryIO, source: Iterable[Buffer], size: int, cipher: ChaCha20Poly1305
-) -> tuple[str, str]:
-    """Write the chunks; the digests of plaintext and ciphertext."""
-    plain, sealed = hashlib.sha256(), hashlib.sha256()
+def encrypt(sink: BinaryIO, source: Iterable[Buffer], size: int, key: bytes) -> tuple[str, str]:
+    """Write the chunks of a plaintext that comes in pieces of any size.
+
+    Returns:
+        SHA-256 of the plaintext and of the chunks as they stand, hexadecimal.
+
+    Raises:
+        ValueError: the source has not `size` bytes.
+    """
+    cipher, plain, sealed = ChaCha20Poly1305(key), hashlib.sha256(), hashlib.sha256()
     done, last = 0, _count(size) - 1
     for number, piece in enumerate(_pieces(source)):
-        if number > last or len(piece) != min(CHUNK_BYTES, size - done):
-            raise ValueError(f"the message is not of the {size} bytes that were announced")
+        done += len(piece)
+        if number > last or done != min(size, (number + 1) * CHUNK_BYTES):
+            raise ValueError(f"the message has not the {size} bytes that were announced")
         chunk = cipher.encrypt(_nonce(number, number == last), piece, None)
         plain.update(piece)
         sealed.update(chunk)
         sink.write(chunk)
-        done += len(piece)
     if done != size:
         raise ValueError(f"the message has {done} bytes, {size} were announced")
     return plain.hexdigest(), sealed.hexdigest()
 
 
-def decrypt(source: BinaryIO, sink: BinaryIO, size: int, content_key: bytes) -> str:
-    """Write the plaintext; its digest."""
-    if len(content_key) != _KEY_BYTES:
+def decrypt(source: BinaryIO, sink: BinaryIO, size: int, key: bytes) -> str:
+    """Write the plaintext of chunks, each once it is authentic.
+
+    Returns:
+        SHA-256 of the plaintext, hexadecimal.
+
+    Raises:
+        TrustError: cut, changed, or under another key; what was written is void.
+    """
+    if len(key) != KEY_BYTES:
         raise TrustError("the content key has not the length of one")
-    cipher, plain, last = ChaCha20Poly1305(content_key), hashlib.sha256(), _count(size) - 1
+    cipher, plain, last = ChaCha20Poly1305(key), hashlib.sha256(), _count(size) - 1
     try:
         for number, chunk in enumerate(_chunks(source, size)):
             piece = cipher.decrypt(_nonce(number, number == last), chunk, None)
@@ -59,6 +71,38 @@ def decrypt(source: BinaryIO, sink: BinaryIO, size: int, content_key: bytes) -> 
     return plain.hexdigest()
 
 
+def sealed_digest(source: BinaryIO, size: int) -> str:
+    """SHA-256 of the chunks of a plaintext of `size` bytes, hexadecimal; nothing is decrypted.
+
+    Raises:
+        TrustError: there are fewer.
+    """
+    sealed = hashlib.sha256()
+    for chunk in _chunks(source, size):
+        sealed.update(chunk)
+    return sealed.hexdigest()
+
+
+def sealed_bytes(size: int) -> int:
+    """How many bytes the chunks of a plaintext have."""
+    return size + TAG_BYTES * _count(size)
+
+
+def exactly(source: BinaryIO, size: int) -> bytes:
+    """So many bytes of a source.
+
+    Raises:
+        TrustError: it ends before.
+    """
+    data = source.read(size)
+    while len(data) < size:
+        more = source.read(size - len(data))
+        if not more:
+            raise TrustError("the message ends before its end: it was cut on its way")
+        data += more
+    return data
+
+
 def _pieces(source: Iterable[Buffer]) -> Iterator[memoryview | bytearray]:
     """The plaintext in chunks, the last one shorter; one empty chunk where there is nothing.
 
@@ -66,7 +110,10 @@ def _pieces(source: Iterable[Buffer]) -> Iterator[memoryview | bytearray]:
     """
     rest, any_yet = bytearray(), False
     for buffer in source:
-        view = memoryview(buffer).cast("B")
+        view = memoryview(buffer)
+        if not view.nbytes:
+            continue  # such a view cannot be cast
+        view = view.cast("B")
         while len(rest) + len(view) >= CHUNK_BYTES:
             taken = CHUNK_BYTES - len(rest)
             yield rest + view[:taken] if rest else view[:taken]
@@ -91,14 +138,3 @@ def _count(size: int) -> int:
 def _nonce(number: int, last: bool) -> bytes:
     """STREAM's nonce of a chunk; the key is new for every message, so no prefix is needed."""
     return number.to_bytes(11, "big") + (b"\x01" if last else b"\x00")
-
-
-def _exactly(source: BinaryIO, size: int) -> bytes:
-    """So many bytes, or the message is cut."""
-    data = source.read(size)
-    while len(data) < size:
-        more = source.read(size - len(data))
-        if not more:
-            raise TrustError("the message ends before its end: it was cut on its way")
-        data += more
-    return data
