@@ -1,44 +1,33 @@
-"""`fedseg-coordinator`: what the consortium runs; for now, looking after a study's checkpoint."""
+"""`fedseg-coordinator`: what the consortium runs. This module only mounts the commands of others.
+
+Those import what is heavy inside the commands, so that `--help` comes at once.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
-from fedseg.aggregation.checkpoint import load_state
-from fedseg.plan import load_plan
+from coordinator.commands import audit, enrolment, founding
 from fedseg.shell import run
 
 app = typer.Typer(
     name="fedseg-coordinator",
-    help="Look after a study.",
+    help="Found a study, enrol its sites, and run it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("init", epilog=founding.INIT_EPILOG)(founding.init)
+app.command("enrol", epilog=enrolment.ENROL_EPILOG)(enrolment.enrol)
+app.command("revoke", epilog=enrolment.REVOKE_EPILOG)(enrolment.revoke)
+app.command("renew", epilog=enrolment.RENEW_EPILOG)(enrolment.renew)
+app.command("sites", epilog=enrolment.SITES_EPILOG)(enrolment.sites)
+app.add_typer(audit.app, name="audit")
 
 
 @app.callback()
 def coordinator() -> None:
-    """Look after a study."""
-
-
-@app.command(epilog="Example:  fedseg-coordinator status OUT/plan.json OUT/federated/checkpoint...")
-def status(
-    plan: Annotated[Path, typer.Argument(help="The built plan: OUT/plan.json.")],
-    checkpoint: Annotated[Path, typer.Argument(help="The study's checkpoint.safetensors.")],
-) -> None:
-    """Say where a study stands, from its checkpoint."""
-    study = load_plan(plan)
-    state = load_state(checkpoint, study)
-    done = state.server.steps
-    where = "finished" if state.position is None else f"next: {state.position.stage}"
-    typer.echo(f"{study.study}: {done} of {study.aggregation.rounds} rounds closed, {where}")
-    for record in state.history:
-        for failure in record.failures:
-            typer.echo(f"  round {record.round} {record.stage}: {failure.site}: {failure.reason}")
+    """Found a study, enrol its sites, and run it."""
 
 
 def main() -> None:

@@ -44,7 +44,9 @@ class Settings(Frozen):
     @field_validator("host")
     @classmethod
     def _host(cls, host: str) -> str:
-        if not _is_address(host) and not all(_LABEL.fullmatch(part) for part in host.split(".")):
+        if _is_address(host):
+            return str(ip_address(host))
+        if not all(_LABEL.fullmatch(part) for part in host.split(".")):
             raise ValueError(f"{host!r} is neither a host name nor an IP address")
         return host
 
@@ -274,22 +276,31 @@ def load_settings(path: Path) -> Settings:
     Raises:
         DataError: it cannot be read or does not hold.
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_SETTINGS_BYTES + 1)
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.exists():
         raise DataError(
             f"{path.parent.name} is no study folder: it has no {path.name}; name one with "
             "--study, or make one with `fedseg-coordinator init STUDYDIR`"
-        ) from None
-    except OSError as error:
-        raise DataError(f"cannot read the study's {path.name}: {error.strerror}") from None
+        )
+    data = read_part(path, MAX_SETTINGS_BYTES)
     if len(data) > MAX_SETTINGS_BYTES:
         raise DataError(f"{path.name} is larger than {MAX_SETTINGS_BYTES} bytes")
     try:
         return Settings.model_validate_json(data)
     except ValidationError as error:
         raise DataError(f"{path.name} does not hold: {_first(error)}") from None
+
+
+def read_part(path: Path, limit: int) -> bytes:
+    """A small file of a study; one byte more than the limit where it is larger.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(limit + 1)
+    except OSError as error:
+        raise DataError(f"cannot read the study's {path.name}: {error.strerror}") from None
 
 
 def new_settings(**values: str | int) -> Settings:

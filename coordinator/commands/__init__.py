@@ -1,0 +1,1 @@
+"""The consortium's commands, by what they are about."""
