@@ -1,0 +1,1 @@
+"""The live, read-only web page of a study."""

@@ -1,0 +1,192 @@
+"""The page: what a progress document says, drawn on the server; the script only swaps sections.
+
+Everything from the study is escaped. The same document and the same situation give the same bytes,
+so a browser that asks again is told that nothing changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from coordinator.dashboard import words
+from coordinator.dashboard.charts import Chart, Curve
+from coordinator.dashboard.notices import Situation, notices
+from coordinator.progress import Progress
+from coordinator.tally import FailureEntry, RoundValue, SiteProgress, StageProgress
+from fedseg.plan import StudyPlan
+
+LOOKS = 8
+MOST_ROUNDS = 12
+MOST_FAILURES = 40
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class FailureLine:
+    """One kind of failure of one site, and the rounds in which it happened; `at` is the last."""
+
+    site: str
+    rounds: str
+    stage: str
+    code: str
+    what: str
+    advice: str
+    at: str | None
+
+
+def environment() -> Environment:
+    """The templates, with everything escaped that is not markup of theirs."""
+    made = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {
+        "amount": words.amount,
+        "duration": words.duration,
+        "moment": words.moment,
+        "number": words.number,
+        "count": words.count,
+        "spans": words.spans,
+    }
+    return made
+
+
+def render(plan: StudyPlan, progress: Progress | None, situation: Situation) -> str:
+    """The whole page."""
+    return environment().get_template("page.html").render(content(plan, progress, situation))
+
+
+def content(plan: StudyPlan, progress: Progress | None, situation: Situation) -> dict[str, Any]:
+    """All that the template shows."""
+    shared = {
+        "plan": plan,
+        "progress": progress,
+        "notices": notices(progress, situation),
+        "stage_words": words.STAGES,
+    }
+    if progress is None:
+        return shared | {"headline": "This study has not started yet", "lead": ""}
+    return shared | {
+        "headline": words.headline(progress),
+        "lead": words.answered_line(progress.open) if progress.open else progress.note,
+        "dice": _last(progress.stages, "dice"),
+        "online": sum(site.sighting.online is True for site in progress.sites),
+        "now_of": {site.name: _doing(site, progress) for site in progress.sites},
+        "looks": _looks(progress.sites),
+        "charts": charts(progress),
+        "recent": tuple(reversed(progress.stages[-MOST_ROUNDS:])),
+        "older": tuple(reversed(progress.stages[:-MOST_ROUNDS])),
+        "failures": failure_lines(progress)[:MOST_FAILURES],
+        "bytes_down": sum(stage.bytes_down for stage in progress.stages),
+        "bytes_up": sum(stage.bytes_up for stage in progress.stages),
+    }
+
+
+def charts(progress: Progress) -> tuple[Chart, ...]:
+    """Dice and loss by round, as far as the sites sent them."""
+    made = (
+        Chart(
+            "dice",
+            "Dice on held-back patients",
+            "Overlap with the segmentation drawn by hand: 0 is none, 1 is identical.",
+            _curves(progress, "dice"),
+            progress.rounds if progress.rounds <= 40 else max(2, progress.rounds_closed),
+        ),
+        Chart(
+            "loss",
+            "Training loss",
+            "Smaller is better.",
+            _curves(progress, "loss"),
+            progress.rounds if progress.rounds <= 40 else max(2, progress.rounds_closed),
+            starts_at=0.0,
+        ),
+    )
+    return tuple(chart for chart in made if chart.curves)
+
+
+def failure_lines(progress: Progress) -> tuple[FailureLine, ...]:
+    """Failures with equal ones in one line, the latest first."""
+    entries = [entry for stage in progress.stages for entry in _entries(stage)]
+    entries += progress.open.failures if progress.open else ()
+    order = {id(entry): place for place, entry in enumerate(entries)}
+    key = _kind_of
+    lines = []
+    for (site, stage, code), group in groupby(sorted(entries, key=key), key):
+        same = list(group)
+        what, advice = words.code_words(code)
+        rounds = words.spans(entry.round for entry in same)
+        last = max(same, key=lambda entry: order[id(entry)])
+        line = FailureLine(
+            site, rounds, words.STAGES.get(stage, stage), code, what, advice, last.at
+        )
+        lines.append((order[id(last)], line))
+    return tuple(line for _, line in sorted(lines, key=lambda pair: -pair[0]))
+
+
+def _entries(stage: StageProgress) -> Iterable[FailureEntry]:
+    """A closed stage's failures, each with its place."""
+    for failure in stage.failures:
+        yield FailureEntry(
+            round=stage.round,
+            stage=stage.stage,
+            attempt=stage.attempt,
+            site=failure.site,
+            code=failure.code,
+            reason=failure.reason,
+            at=stage.timing.closed,
+        )
+
+
+def _kind_of(entry: FailureEntry) -> tuple[str, str, str]:
+    """What makes two failures the same."""
+    return entry.site, entry.stage, entry.code
+
+
+def _curves(progress: Progress, what: str) -> tuple[Curve, ...]:
+    """One curve a site that has values, and their mean last."""
+    looks = _looks(progress.sites)
+    own = [
+        Curve(site.name, looks[site.name], _points(getattr(site, what))) for site in progress.sites
+    ]
+    mean = {s.round: v for s in progress.stages if (v := getattr(s, what)) is not None}
+    if not mean:
+        return ()
+    return (*(curve for curve in own if curve.points), Curve("Mean", "mean", tuple(mean.items())))
+
+
+def _points(values: Sequence[RoundValue]) -> tuple[tuple[int, float], ...]:
+    """As the chart takes them."""
+    return tuple((value.round, value.value) for value in values)
+
+
+def _looks(sites: Sequence[SiteProgress]) -> dict[str, str]:
+    """Each site's colour, the same in every chart."""
+    return {site.name: f"look{place % LOOKS}" for place, site in enumerate(sites)}
+
+
+def _last(stages: Sequence[StageProgress], what: str) -> tuple[int, float] | None:
+    """The newest mean and its round."""
+    found = [(s.round, v) for s in stages if (v := getattr(s, what)) is not None]
+    return found[-1] if found else None
+
+
+def _doing(site: SiteProgress, progress: Progress) -> tuple[str, str]:
+    """What a site does in the open stage: a class of the style, and words."""
+    stage = progress.open
+    if stage is None:
+        return "idle", "–"
+    if site.name in stage.answered:
+        return "done", "Answered"
+    failed = next((f for f in stage.failures if f.site == site.name), None)
+    if failed:
+        return "bad", words.code_words(failed.code)[0]
+    return "busy", {"train": "Training", "evaluate": "Measuring"}.get(stage.stage, "Waited for")
