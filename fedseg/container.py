@@ -15,6 +15,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from math import prod
+from mmap import mmap
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,7 +37,7 @@ _DTYPES = {"I64": "int64", "F64": "float64", "F32": "float32", "F16": "float16",
 _PLACES = {np.dtype(dtype).str[1:]: place for place, dtype in enumerate(_DTYPES.values())}
 _CODES = dict(zip(_PLACES, _DTYPES, strict=True))
 
-Buffer = bytes | memoryview
+Buffer = bytes | bytearray | memoryview | mmap
 
 
 def pack(header: BaseModel, arrays: Arrays | None = None) -> bytes:
@@ -77,7 +78,7 @@ def packed(header: BaseModel, arrays: Arrays | None = None) -> list[Buffer]:
     return [struct.pack("<Q", len(text)), text, *pieces]
 
 
-def peek(data: bytes, header_type: type[Header], *, max_bytes: int) -> Header:
+def peek(data: Buffer, header_type: type[Header], *, max_bytes: int) -> Header:
     """Read the header of a container alone; the tensors stay unread.
 
     Raises:
@@ -87,7 +88,7 @@ def peek(data: bytes, header_type: type[Header], *, max_bytes: int) -> Header:
 
 
 def unpack(
-    data: bytes,
+    data: Buffer,
     header_type: type[Header],
     *,
     max_bytes: int,
@@ -97,7 +98,7 @@ def unpack(
     """Open a container from an untrusted source.
 
     Args:
-        data: the bytes as they came.
+        data: the bytes as they came; a file may be mapped into memory.
         header_type: the pydantic model that the header must be.
         max_bytes: anything larger is refused unread.
         schema: the tensors that must be there, no more and no fewer; None takes any.
@@ -148,7 +149,10 @@ def write_atomically(path: Path, data: bytes | Iterable[Buffer], mode: int = 0o6
 
 
 def _open_header(
-    data: bytes, header_type: type[Header], max_bytes: int, max_header_bytes: int = MAX_HEADER_BYTES
+    data: Buffer,
+    header_type: type[Header],
+    max_bytes: int,
+    max_header_bytes: int = MAX_HEADER_BYTES,
 ) -> tuple[Header, dict[str, Any]]:
     """The checked header, and the table of the tensors."""
     if len(data) > max_bytes:
@@ -167,7 +171,7 @@ def _open_header(
         ) from None
 
 
-def _layout(data: bytes, max_header_bytes: int) -> dict[str, Any]:
+def _layout(data: Buffer, max_header_bytes: int) -> dict[str, Any]:
     """The safetensors table of contents, bounded before it is parsed."""
     if len(data) < 8:
         raise TrustError("the message is too short to be one of fedseg's")
@@ -175,7 +179,7 @@ def _layout(data: bytes, max_header_bytes: int) -> dict[str, Any]:
     if size > min(max_header_bytes, len(data) - 8):
         raise TrustError("the message is not a safetensors file, or its header is oversized")
     try:
-        layout = json.loads(data[8 : 8 + size], parse_constant=_refuse_constant)
+        layout = json.loads(bytes(data[8 : 8 + size]), parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         raise TrustError("the message is not a safetensors file: its header is no JSON") from None
     if not isinstance(layout, dict):
@@ -183,9 +187,10 @@ def _layout(data: bytes, max_header_bytes: int) -> dict[str, Any]:
     return layout
 
 
-def _views(data: bytes, layout: dict[str, Any]) -> dict[str, NDArray[Any]]:
+def _views(data: Buffer, layout: dict[str, Any]) -> dict[str, NDArray[Any]]:
     """Every tensor, once the table is seen to cover the bytes without a gap or an overlap."""
-    (size,) = struct.unpack("<Q", data[:8])
+    view = memoryview(data).toreadonly()
+    (size,) = struct.unpack("<Q", view[:8])
     start = end = 8 + size
     arrays: dict[str, NDArray[Any]] = {}
     try:
@@ -196,7 +201,7 @@ def _views(data: bytes, layout: dict[str, Any]) -> dict[str, NDArray[Any]]:
             fits = start + low == end and high - low == count * dtype.itemsize
             if not fits or end % dtype.itemsize:
                 raise ValueError("offsets")
-            arrays[name] = np.frombuffer(data, dtype, count, end).reshape(shape)
+            arrays[name] = np.frombuffer(view, dtype, count, end).reshape(shape)
             end = start + high
         if end != len(data):
             raise ValueError("length")

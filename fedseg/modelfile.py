@@ -11,8 +11,7 @@ from pydantic import model_validator
 from fedseg.arrays import Arrays, digest_of
 from fedseg.container import packed, unpack, write_atomically
 from fedseg.errors import DataError, TrustError
-from fedseg.plan import Frozen, StudyPlan
-from fedseg.updates import Digest
+from fedseg.plan import Digest, Frozen, StudyPlan
 
 MAX_MODEL_BYTES = 8 * 1024**3
 

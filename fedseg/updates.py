@@ -16,23 +16,27 @@ from numpy.typing import NDArray
 from pydantic import Field, FiniteFloat
 
 from fedseg.arrays import Arrays, digest_of
-from fedseg.container import pack, peek, unpack
+from fedseg.container import Buffer, pack, peek, unpack
 from fedseg.errors import TrustError
-from fedseg.plan import Frozen, Name, StudyPlan, TensorSpec
+from fedseg.plan import Digest, Frozen, Name, SiteName, StudyPlan, TensorSpec
+from fedseg.security.identity import SignedRoll
 
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
-StageName = Literal["enlist", "train", "evaluate"]
+StageName = Literal["enlist", "train", "evaluate", "release"]
 SplitName = Literal["train", "val", "test"]
-RefusalCode = Literal["plan", "task", "data", "not_finite", "failed"]
+RefusalCode = Literal["plan", "roster", "task", "data", "not_finite", "failed"]
 NotNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 
-HEADER_ROOM = 1024 * 1024
+HEADER_ROOM = 2 * 1024 * 1024  # a list of sites fits
 TENSOR_ROOM = 1024
 
 
 class TaskHeader(Frozen):
-    """What a task asks for. `model` is the digest of the tensors that travel with it."""
+    """What a task asks for.
+
+    Attributes:
+        model: digest of the tensors that travel with it.
+        roll: who takes part, when sites enlist; None in a simulation and in every other stage.
+    """
 
     format: Literal["fedseg-task/1"] = "fedseg-task/1"
     study: Name
@@ -41,6 +45,7 @@ class TaskHeader(Frozen):
     stage: StageName
     attempt: Annotated[int, Field(ge=1)]
     model: Digest | None
+    roll: SignedRoll | None = None
 
 
 class Enlisted(Frozen):
@@ -69,6 +74,13 @@ class Evaluated(Frozen):
     scores: dict[str, dict[str, FiniteFloat | None]]
 
 
+class Received(Frozen):
+    """The released model has arrived and is stored; `model` is its digest."""
+
+    kind: Literal["release"] = "release"
+    model: Digest
+
+
 class Refused(Frozen):
     """One coarse code; the reason stays at the site."""
 
@@ -76,7 +88,7 @@ class Refused(Frozen):
     code: RefusalCode
 
 
-Body = Annotated[Enlisted | Trained | Evaluated | Refused, Field(discriminator="kind")]
+Body = Annotated[Enlisted | Trained | Evaluated | Received | Refused, Field(discriminator="kind")]
 
 
 class AnswerHeader(Frozen):
@@ -96,7 +108,7 @@ class AnswerError(TrustError):
         self.code = code
 
 
-def task_digest(task: bytes) -> str:
+def task_digest(task: Buffer) -> str:
     """What an answer refers to: SHA-256 of the task's bytes."""
     return hashlib.sha256(task).hexdigest()
 
@@ -106,20 +118,22 @@ def seal_task(header: TaskHeader, model: Arrays | None = None) -> bytes:
     return pack(header, model)
 
 
-def open_task(data: bytes, plan: StudyPlan) -> tuple[TaskHeader, dict[str, NDArray[Any]]]:
-    """Open a task at a site.
+def open_task(data: Buffer, plan: StudyPlan) -> tuple[TaskHeader, dict[str, NDArray[Any]]]:
+    """Open a task at a site; the tensors are views of `data`.
 
     Raises:
         TrustError: oversized or malformed, of another study or plan, of a round or attempt that the
             plan does not have, or the model is not the one that the header names.
     """
     limit = message_limit(plan.built.tensors)
-    header = peek(data, TaskHeader, max_bytes=limit)
+    header, rounds = peek(data, TaskHeader, max_bytes=limit), plan.aggregation.rounds
     if (header.study, header.plan) != (plan.study, plan.digest):
         raise TrustError("the task belongs to another study or to a plan that is not approved here")
-    first, last = (0, 0) if header.stage == "enlist" else (1, plan.aggregation.rounds)
+    first, last = {"enlist": (0, 0), "release": (rounds, rounds)}.get(header.stage, (1, rounds))
     if not first <= header.round <= last or header.attempt > plan.aggregation.attempts:
         raise TrustError("the task asks for a round or an attempt that the plan does not have")
+    if header.roll is not None and header.stage != "enlist":
+        raise TrustError("the task brings a list of sites, which only enlisting does")
     schema = plan.built.tensors if header.stage != "enlist" else ()
     header, model = unpack(data, TaskHeader, max_bytes=limit, schema=schema)
     if schema and digest_of(model) != header.model:
@@ -133,7 +147,13 @@ def seal_answer(header: AnswerHeader, delta: Arrays | None = None) -> bytes:
 
 
 def open_answer(
-    data: bytes, plan: StudyPlan, *, task: str, stage: StageName, site: str | None
+    data: Buffer,
+    plan: StudyPlan,
+    *,
+    task: str,
+    stage: StageName,
+    site: str | None,
+    model: str | None = None,
 ) -> tuple[AnswerHeader, dict[str, NDArray[Any]]]:
     """Open an answer at the coordinator.
 
@@ -143,6 +163,7 @@ def open_answer(
         task: digest of the task that was sent.
         stage: the stage that is open.
         site: who should have answered, or None while sites introduce themselves.
+        model: digest of the model that was sent; None where none was.
 
     Raises:
         AnswerError: with code `malformed`, `stale`, `site`, `stage` or `not_finite`.
@@ -162,7 +183,7 @@ def open_answer(
         raise AnswerError(header.body.code, "the site refused or failed; its audit has the reason")
     if header.body.kind != stage:
         raise AnswerError("stage", f"a {header.body.kind} answer came in the stage {stage}")
-    wrong = _outside_plan(header.body, plan)
+    wrong = _outside_plan(header.body, plan, model)
     if wrong:
         raise AnswerError("malformed", wrong)
     bad = [name for name, array in delta.items() if not np.isfinite(array).all()]
@@ -171,8 +192,10 @@ def open_answer(
     return header, delta
 
 
-def _outside_plan(body: Body, plan: StudyPlan) -> str | None:
-    """What an answer says that cannot be true of this plan, or None."""
+def _outside_plan(body: Body, plan: StudyPlan, model: str | None) -> str | None:
+    """What an answer says that cannot be true of this plan and this task, or None."""
+    if isinstance(body, Received) and body.model != model:
+        return "another model is reported as received than was sent"
     if isinstance(body, Trained):
         steps = plan.training.steps_per_round
         if body.steps != steps or body.loss < 0:

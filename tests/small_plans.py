@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 
 from fedseg.arrays import Arrays, digest_of, schema_of
 from fedseg.plan import InitialModel, StudyPlan
-from fedseg.updates import AnswerHeader, Body, Enlisted, Evaluated, Trained, seal_answer
+from fedseg.updates import (
+    AnswerHeader,
+    Body,
+    Enlisted,
+    Evaluated,
+    Received,
+    Trained,
+    seal_answer,
+)
 
 VALUES: dict[str, Any] = {
     "study": "tiny",
@@ -59,12 +67,14 @@ def built_plan(model: Arrays | None = None, **changes: Any) -> StudyPlan:
     return plan.model_copy(update={"initial": record})
 
 
-def body_of(stage: str, patients: int = 4) -> Body:
+def body_of(stage: str, patients: int = 4, model: str | None = None) -> Body:
     """What a good site says in a stage."""
     if stage == "enlist":
         return Enlisted(patients={"train": patients}, cases={"train": patients}, left_out=0)
     if stage == "train":
         return Trained(patients=patients, steps=20, loss=0.5)
+    if stage == "release":
+        return Received(model=model or digest_of(tiny_model()))
     return Evaluated(patients=2, scores={"dice": {"anterior": 0.75, "posterior": 0.25}})
 
 

@@ -13,9 +13,8 @@ from fedseg.aggregation.server import Model, ServerState
 from fedseg.arrays import digest_of
 from fedseg.container import packed, unpack, write_atomically
 from fedseg.errors import RoundError, TrustError
-from fedseg.plan import Frozen, StudyPlan
+from fedseg.plan import Digest, Frozen, StudyPlan
 from fedseg.result import StageRecord
-from fedseg.updates import Digest
 
 _HISTORY_BYTES = 96_000_000
 

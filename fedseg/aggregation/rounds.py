@@ -17,6 +17,7 @@ from fedseg.arrays import digest_of
 from fedseg.errors import PlanError, RoundError
 from fedseg.plan import Frozen, StudyPlan
 from fedseg.result import SiteAnswer, SiteFailure, StageRecord
+from fedseg.security.identity import SignedRoll
 from fedseg.updates import StageName, TaskHeader, Trained, seal_task
 
 
@@ -26,6 +27,9 @@ class Position(Frozen):
     round: int
     stage: StageName
     attempt: int = 1
+
+
+ENLIST = Position(round=0, stage="enlist")
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,13 @@ class Outcome:
 
 
 def schedule(plan: StudyPlan) -> Iterator[tuple[int, StageName]]:
-    """Every stage of a study in order: sites enlist, then rounds of training and evaluation."""
+    """Every stage in order: sites enlist, rounds of training and evaluation, the release."""
     yield 0, "enlist"
     for round_ in range(1, plan.aggregation.rounds + 1):
         yield round_, "train"
         if round_ % plan.evaluation.every_rounds == 0 or round_ == plan.aggregation.rounds:
             yield round_, "evaluate"
+    yield plan.aggregation.rounds, "release"
 
 
 def first_state(plan: StudyPlan, initial: Model) -> StudyState:
@@ -67,34 +72,53 @@ def first_state(plan: StudyPlan, initial: Model) -> StudyState:
             "the initial model is not the one in the plan: build the plan again, or bring the file "
             "that `fedseg plan build` wrote beside it"
         )
-    return StudyState(Position(round=0, stage="enlist"), ServerState(initial))
+    return StudyState(ENLIST, ServerState(initial))
 
 
-def open_stage(state: StudyState, plan: StudyPlan) -> bytes:
-    """The task of the stage that comes next, the same for every site of the round."""
+def open_stage(state: StudyState, plan: StudyPlan, roll: SignedRoll | None = None) -> bytes:
+    """The task of the stage that comes next, the same for every site of the round.
+
+    Args:
+        roll: who takes part; told to the sites when they enlist.
+    """
     position = _open_position(state)
-    model = None
+    if position.stage == "enlist":
+        return _task(plan, position, None, roll)
     if position.stage == "train":
-        model = state.server.model
-    elif position.stage == "evaluate":
-        model = state.server.released(plan.aggregation)
-    header = TaskHeader(
-        study=plan.study,
-        plan=plan.digest,
-        round=position.round,
-        stage=position.stage,
-        attempt=position.attempt,
-        model=None if model is None else digest_of(model),
-    )
-    return seal_task(header, model)
+        return _task(plan, position, state.server.model)
+    return _task(plan, position, state.server.released(plan.aggregation))
 
 
-def enlist_task(plan: StudyPlan) -> bytes:
-    """The task that asks sites to enlist: at the start, and again when a study is resumed."""
-    header = TaskHeader(
-        study=plan.study, plan=plan.digest, round=0, stage="enlist", attempt=1, model=None
+def enlist_task(plan: StudyPlan, roll: SignedRoll | None = None) -> bytes:
+    """The task that asks sites to enlist: when a study is resumed, or others take part."""
+    return _task(plan, ENLIST, None, roll)
+
+
+def release_task(state: StudyState, plan: StudyPlan) -> bytes:
+    """The last task of a finished study once more: the same bytes, for a site that lacks them."""
+    return _task(plan, release_position(state), state.server.released(plan.aggregation))
+
+
+def release_position(state: StudyState) -> Position:
+    """The last stage of a finished study."""
+    if state.position is not None:
+        raise ValueError("the study is not finished: its model is not released yet")
+    last = state.history[-1]
+    return Position(round=last.round, stage="release", attempt=last.attempt)
+
+
+def also_received(state: StudyState, outcome: Outcome) -> StudyState:
+    """A finished study whose released model has reached more sites than before."""
+    last = state.history[-1]
+    now = {answer.site: answer for answer in (*last.answers, *outcome.answers)}
+    known = {failure.site: failure for failure in (*last.failures, *outcome.failures)}
+    whole = Outcome(
+        last.bytes_down + outcome.bytes_down,
+        tuple(now.values()),
+        tuple(failure for site, failure in known.items() if site not in now),
     )
-    return seal_task(header)
+    record = _record(release_position(state), whole)
+    return replace(state, history=(*state.history[:-1], record))
 
 
 def close_stage(state: StudyState, plan: StudyPlan, outcome: Outcome) -> StudyState:
@@ -114,8 +138,10 @@ def close_stage(state: StudyState, plan: StudyPlan, outcome: Outcome) -> StudySt
 
 
 def missing_answers(stage: StageName, plan: StudyPlan, outcome: Outcome) -> int:
-    """How many answers are lacking for the stage to count; evaluation never holds a study up."""
-    return 0 if stage == "evaluate" else plan.aggregation.minimum_sites - len(outcome.answers)
+    """How many answers are lacking; evaluation and release never hold a study up."""
+    if stage in ("evaluate", "release"):
+        return 0
+    return plan.aggregation.minimum_sites - len(outcome.answers)
 
 
 def require_attempts_left(state: StudyState, plan: StudyPlan) -> None:
@@ -156,6 +182,22 @@ def _require_weights_that_fit(plan: StudyPlan, outcome: Outcome) -> None:
             f"the sites have {patients} training patients together, weights are summed exactly up "
             f"to {MAX_WEIGHT}: set aggregation.weighting: uniform"
         )
+
+
+def _task(
+    plan: StudyPlan, position: Position, model: Model | None, roll: SignedRoll | None = None
+) -> bytes:
+    """The task of one position."""
+    header = TaskHeader(
+        study=plan.study,
+        plan=plan.digest,
+        round=position.round,
+        stage=position.stage,
+        attempt=position.attempt,
+        model=None if model is None else digest_of(model),
+        roll=roll,
+    )
+    return seal_task(header, model)
 
 
 def _open_position(state: StudyState) -> Position:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from fedseg.container import pack, peek, unpack
 from fedseg.errors import PlanError
-from fedseg.plan import Frozen
-from fedseg.updates import AnswerHeader, SiteName, TaskHeader
+from fedseg.plan import Frozen, SiteName
+from fedseg.updates import AnswerHeader, TaskHeader
 
 Handle = Callable[[bytes], bytes]
 Kind = Literal["crash", "hang", "nan", "shape", "name", "garbage", "oversized", "replay"]

@@ -32,7 +32,7 @@ from fedseg.imaging.quality import inspect, usable
 from fedseg.modelfile import save_model
 from fedseg.models.devices import require_device
 from fedseg.models.zoo import initial_model, load_tensors
-from fedseg.plan import StudyPlan
+from fedseg.plan import SiteName, StudyPlan
 from fedseg.result import Arm, ArmName, PatientScores, Run, SiteSummary, StudyResult
 from fedseg.simulation.baselines import Baseline, baselines_of
 from fedseg.simulation.federation import (
@@ -46,7 +46,6 @@ from fedseg.simulation.folder import pin, refuse_occupied
 from fedseg.simulation.overlays import overlays_of
 from fedseg.simulation.rehearsal import Fault
 from fedseg.simulation.scoring import Scorer, released, require_measurable, split_to_measure
-from fedseg.updates import SiteName
 
 _VERSIONS = ("fedseg", "flwr", "torch", "monai", "numpy")
 

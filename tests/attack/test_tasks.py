@@ -21,6 +21,8 @@ from fedseg.imaging.cache import CaseCache
 from fedseg.imaging.cases import Case, Cohort
 from fedseg.models.zoo import initial_model
 from fedseg.plan import StudyPlan
+from fedseg.security.identity import Roll, sign_roll
+from fedseg.security.keys import SigningKey
 from fedseg.updates import (
     AnswerHeader,
     TaskHeader,
@@ -68,6 +70,15 @@ def model_with(**changes: Any) -> dict[str, Any]:
     return found
 
 
+ROLL = sign_roll(
+    Roll(
+        study=PLAN.study,
+        version=1,
+        issued="2026-01-01T00:00:00+00:00",
+        valid_until="2027-01-01T00:00:00+00:00",
+    ),
+    SigningKey.generate(),
+)
 GOOD = seal_task(header(), MODEL)
 
 
@@ -99,6 +110,11 @@ ATTACKS: dict[str, Callable[[], bytes]] = {
     "another dtype": lambda: sealed(model_with(first=lambda a: a.astype(np.float64))),
     "round 0": lambda: sealed(MODEL, round=0),
     "a round past the end": lambda: sealed(MODEL, round=PLAN.aggregation.rounds + 1),
+    "a release before the end": lambda: sealed(MODEL, stage="release"),
+    "a release without model": lambda: seal_task(
+        header(stage="release", round=PLAN.aggregation.rounds, model=None)
+    ),
+    "a list of sites outside enlisting": lambda: sealed(MODEL, roll=ROLL),
     "round 2**62": lambda: sealed(MODEL, round=2**62),
     "a negative round": lambda: sealed(MODEL, round=-1),
     "enlist in a round": lambda: seal_task(header(stage="enlist", model=None)),

@@ -38,7 +38,7 @@ def train(site: str, round_: int, model: dict[str, NDArray[Any]]) -> dict[str, N
 def reply(task: bytes, site: str, plan: StudyPlan) -> bytes:
     """What a good site answers; the number of its patients follows from its name."""
     header, model = open_task(task, plan)
-    body = body_of(header.stage, patients=ord(site[-1]) - ord("a") + 2)
+    body = body_of(header.stage, ord(site[-1]) - ord("a") + 2, header.model)
     delta = train(site, header.round, model) if header.stage == "train" else None
     return answer(task_digest(task), site, body, delta)
 
@@ -54,7 +54,10 @@ def answers_of(
     answers = []
     for site in sites:
         data = reply(task, site, plan)
-        header, delta = open_answer(data, plan, task=task_digest(task), stage=stage, site=site)
+        model = open_task(task, plan)[0].model
+        header, delta = open_answer(
+            data, plan, task=task_digest(task), stage=stage, site=site, model=model
+        )
         if total is not None and isinstance(header.body, Trained):
             total.fold(delta, weight_of(header.body, plan))
         answers.append(SiteAnswer(site=site, patients=2, bytes_up=len(data)))

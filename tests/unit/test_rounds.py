@@ -15,17 +15,20 @@ from fedseg.aggregation.rounds import (
     Outcome,
     Position,
     StudyState,
+    also_received,
     close_stage,
     enlist_task,
     first_state,
     fresh_attempts,
     missing_answers,
     open_stage,
+    release_task,
     require_attempts_left,
     schedule,
 )
 from fedseg.arrays import digest_of
 from fedseg.errors import PlanError, RoundError
+from fedseg.result import SiteAnswer
 from fedseg.updates import open_task
 
 RULES = {
@@ -54,9 +57,10 @@ def test_the_schedule_follows_from_the_plan() -> None:
         (2, "evaluate"),
         (3, "train"),
         (3, "evaluate"),
+        (3, "release"),
     ]
     once = built_plan(aggregation__rounds=2, evaluation__every_rounds=9)
-    assert list(schedule(once)) == [(0, "enlist"), (1, "train"), (2, "train"), (2, "evaluate")]
+    assert list(schedule(once))[2:] == [(2, "train"), (2, "evaluate"), (2, "release")]
 
 
 def test_a_study_passes_every_stage_once_and_ends() -> None:
@@ -94,6 +98,39 @@ def test_training_carries_the_model_and_evaluation_the_released_one() -> None:
         assert digest_of(model) == digest_of(expected)
         if header.stage == "evaluate":
             assert digest_of(released) != digest_of(state.server.model)
+
+
+def test_the_last_stage_brings_every_site_the_released_model() -> None:
+    plan = built_plan(**RULES["rich"])
+    states = run_purely(first_state(plan, tiny_model()), plan)
+    header, model = open_task(open_stage(states[-2], plan), plan)
+    assert (header.round, header.stage) == (3, "release")
+    assert digest_of(model) == digest_of(states[-1].server.released(plan.aggregation))
+
+
+def test_a_site_that_missed_the_release_gets_the_same_task_later() -> None:
+    plan = built_plan()
+    away = run_purely(
+        first_state(plan, tiny_model()),
+        plan,
+        failing=lambda s: ("site_b", "site_c") if s.position and late(s.position) else (),
+    )
+    last = away[-1]
+    assert [f.site for f in last.history[-1].failures] == ["site_b", "site_c"]
+    assert release_task(last, plan) == open_stage(away[-2], plan)
+    came = SiteAnswer(site="site_c", patients=0, bytes_up=5)
+    more = also_received(last, Outcome(7, (came,), ()))
+    record = more.history[-1]
+    assert [a.site for a in record.answers] == ["site_a", "site_c"]
+    assert [f.site for f in record.failures] == ["site_b"]
+    assert record.bytes_down == last.history[-1].bytes_down + 7
+    assert more.history[:-1] == last.history[:-1] and more.server is last.server
+    with pytest.raises(ValueError, match="not finished"):
+        release_task(away[-2], plan)
+
+
+def late(position: Position) -> bool:
+    return position.stage == "release"
 
 
 def test_a_round_is_the_weighted_mean_by_hand() -> None:
@@ -154,7 +191,7 @@ def test_a_stage_that_too_few_answered_is_tried_again_from_the_same_model() -> N
     before = states[states.index(failed) - 1]
     assert failed.server is before.server
     assert [f.site for f in failed.history[-1].failures] == ["site_a", "site_b"]
-    assert [r.attempt for r in states[-1].history] == [1, 1, 1, 2, 1, 1, 1]
+    assert [r.attempt for r in states[-1].history] == [1, 1, 1, 2, 1, 1, 1, 1]
     undisturbed = run_purely(start, plan)[-1]
     assert digest_of(states[-1].server.model) == digest_of(undisturbed.server.model)
 
@@ -194,8 +231,10 @@ def test_fresh_attempts_change_nothing_where_none_was_used() -> None:
     assert all(fresh_attempts(state, plan) is state for state in states)
 
 
-@pytest.mark.parametrize(("stage", "missing"), [("enlist", 2), ("train", 2), ("evaluate", 0)])
-def test_evaluation_never_holds_a_study_up(stage: Any, missing: int) -> None:
+@pytest.mark.parametrize(
+    ("stage", "missing"), [("enlist", 2), ("train", 2), ("evaluate", 0), ("release", 0)]
+)
+def test_only_enlisting_and_training_hold_a_study_up(stage: Any, missing: int) -> None:
     outcome = Outcome(bytes_down=0, answers=(), failures=())
     assert missing_answers(stage, built_plan(), outcome) == missing
 

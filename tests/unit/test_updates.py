@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from small_plans import answer, body_of, built_plan, tiny_model
 
 from fedseg.arrays import digest_of, seed_for
 from fedseg.updates import (
+    AnswerError,
     Refused,
     TaskHeader,
     message_limit,
@@ -28,7 +31,7 @@ def task_of(stage: Any, **changes: Any) -> bytes:
     header = TaskHeader(
         study=PLAN.study,
         plan=PLAN.digest,
-        round=0 if stage == "enlist" else 1,
+        round={"enlist": 0, "release": 3}.get(stage, 1),
         stage=stage,
         attempt=1,
         model=None if model is None else digest_of(model),
@@ -36,13 +39,38 @@ def task_of(stage: Any, **changes: Any) -> bytes:
     return seal_task(header.model_copy(update=changes), model)
 
 
-@pytest.mark.parametrize("stage", ["enlist", "train", "evaluate"])
+@pytest.mark.parametrize("stage", ["enlist", "train", "evaluate", "release"])
 def test_a_task_opens_to_what_was_sealed(stage: str) -> None:
     data = task_of(stage)
     header, model = open_task(data, PLAN)
     assert header.stage == stage
     assert digest_of(model) == (digest_of(tiny_model()) if stage != "enlist" else digest_of({}))
     assert len(data) <= message_limit(PLAN.built.tensors)
+
+
+def test_a_task_is_read_where_it_lies_without_a_copy(tmp_path: Path) -> None:
+    data = task_of("train")
+    (tmp_path / "task").write_bytes(data)
+    with (tmp_path / "task").open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    for buffer in (data, bytearray(data), memoryview(bytearray(data)), mapped):
+        _, model = open_task(buffer, PLAN)
+        assert task_digest(buffer) == task_digest(data)
+        assert digest_of(model) == digest_of(tiny_model())
+        assert all(np.shares_memory(a, np.frombuffer(buffer, np.uint8)) for a in model.values())
+        assert not any(array.flags.writeable for array in model.values())
+
+
+def test_a_receipt_is_of_the_model_that_was_sent() -> None:
+    sent, task = digest_of(tiny_model()), "a" * 64
+    for model, code in ((sent, None), ("0" * 64, "malformed"), (None, "malformed")):
+        data = answer(task, "site_a", body_of("release", model=sent))
+        try:
+            open_answer(data, PLAN, task=task, stage="release", site="site_a", model=model)
+        except AnswerError as error:
+            assert error.code == code
+        else:
+            assert code is None
 
 
 def test_a_task_is_known_by_the_digest_of_its_bytes() -> None:
