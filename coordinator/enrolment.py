@@ -28,7 +28,7 @@ from coordinator.founding import (
     stamp,
     study_fingerprint,
 )
-from fedseg.chain import Chain, Entry, read_chain, verify_chain
+from fedseg.chain import Chain, Entry, Fact, read_chain, verify_chain
 from fedseg.container import write_atomically
 from fedseg.errors import DataError, TrustError
 from fedseg.security.identity import (
@@ -45,6 +45,7 @@ from fedseg.security.identity import (
 from fedseg.security.keys import SigningKey, VerifyKey
 
 MAX_REASON = 500
+_CHANGES = frozenset({"initialised", "enrolled", "revoked", "renewed", "restored"})
 
 
 def current_roll(folder: StudyFolder) -> SignedRoll:
@@ -75,6 +76,8 @@ def enrolled_at(folder: StudyFolder) -> dict[str, str]:
 
 def register(folder: StudyFolder, request: bytes, key: SigningKey, now: datetime) -> Path:
     """Enrol the site that made a request, or renew the bundle of one that is enrolled.
+
+    All bundles are written anew, so that those sent after the last enrolment hold the same roll.
 
     Args:
         folder: the study's.
@@ -210,7 +213,8 @@ def _changing(folder: StudyFolder, key: SigningKey, now: datetime) -> Iterator[R
             )
         if roll.version > version:  # a crash came between the registry and what follows it
             _write_bundles(folder, sign_roll(roll, key), key, now)
-            _record(folder, roll, key, now, "renewed", reason="recorded after a crash")
+            names = [site.name for site in roll.sites]
+            _record(folder, roll, key, now, "renewed", reason="after a crash", sites=names)
         yield roll
 
 
@@ -276,7 +280,7 @@ def _put(
 
 
 def _record(
-    folder: StudyFolder, roll: Roll, key: SigningKey, now: datetime, event: str, **facts: str
+    folder: StudyFolder, roll: Roll, key: SigningKey, now: datetime, event: str, **facts: Fact
 ) -> None:
     """Say in the audit what happened, and which roll is the current one since."""
     chain = Chain(folder.audit, key, lambda: stamp(now))
@@ -288,7 +292,7 @@ def _versions(entries: Sequence[Entry]) -> list[tuple[int, str]]:
     return [
         (version, str(entry.facts.get("roll")))
         for entry in entries
-        if isinstance(version := entry.facts.get("version"), int)
+        if entry.event in _CHANGES and isinstance(version := entry.facts.get("version"), int)
     ]
 
 

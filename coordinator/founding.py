@@ -152,6 +152,8 @@ def _whole(path: Path) -> Iterator[StudyFolder]:
     was_there = path.exists()
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if (path / _DRAFT).exists():
+            raise DataError(f"an `init` was cut off in {path.name}: delete that folder, then again")
         if any(path.iterdir()):
             raise DataError(f"{path.name} is not empty: name a new folder for the study")
         draft = path / _DRAFT

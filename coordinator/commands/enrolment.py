@@ -68,7 +68,10 @@ def revoke(
 
 
 def renew(study: StudyPath = Path()) -> None:
-    """Make a new server certificate and a roll that is valid anew; write all bundles again."""
+    """Make a new server certificate and a roll that is valid anew; write all bundles again.
+
+    Needed once a year, and after study.json was given another host.
+    """
     from coordinator.enrolment import renew as renew_all
     from coordinator.expiry import valid_until, warnings
     from coordinator.folder import open_study
