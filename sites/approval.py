@@ -8,6 +8,7 @@ the crash.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -16,11 +17,43 @@ from fedseg.errors import TrustError
 from fedseg.plan import Digest, Frozen, Name, SiteName
 from fedseg.security.documents import Moment, Signature, from_text, signable, to_text
 from fedseg.security.keys import SIGNATURE_BYTES, SigningKey, VerifyKey
+from fedseg.updates import NotNegativeInt, SplitName
 from sites.folder import SiteFolder, read_note
 from sites.keyring import own_identity
 
 CONTEXT = "approval"
 _PLACE = "A" * 86 + "=="  # stands where the signature will
+
+
+class CohortRecord(Frozen):
+    """cohort.json: which data a study may train on. It names cases and stays with the trainer.
+
+    Attributes:
+        data: the data folder, absolute.
+        table: the CSV in it, or None for the usual one.
+        row: what the data call this site; "" where they name no sites.
+        cases: names of the usable cases, sorted.
+        patients: patients of them by split.
+        left_out: cases of this site that cannot be used.
+        unlisted: rows or files of the folder that could not even be listed as cases.
+        fingerprint: over patients, splits, label map and files.
+    """
+
+    format: Literal["fedseg-cohort/1"] = "fedseg-cohort/1"
+    plan: Digest
+    data: str
+    table: str | None
+    row: str
+    cases: tuple[str, ...]
+    patients: dict[SplitName, NotNegativeInt]
+    left_out: NotNegativeInt
+    unlisted: NotNegativeInt
+    fingerprint: Digest
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the record, which the approval names."""
+        return hashlib.sha256(self.canonical_bytes).hexdigest()
 
 
 class Approval(Frozen):
@@ -76,3 +109,22 @@ def approved(folder: SiteFolder, study: str) -> Approval | None:
     except TrustError:
         raise wrong from None
     return approval
+
+
+def frozen_record(folder: SiteFolder, study: str, plan: str) -> CohortRecord | None:
+    """The cohort that the approval of a plan (a digest) froze, or None where there is none.
+
+    Raises:
+        DataError: cohort.json cannot be read.
+        TrustError: it is not the one that was approved, or the approval was edited.
+    """
+    approval = approved(folder, study)
+    if approval is None or approval.plan != plan:
+        return None
+    record = read_note(folder.cohort(study), CohortRecord)
+    if record.digest != approval.cohort or record.plan != plan:
+        raise TrustError(
+            f"cohort.json of {study} is not the one that was approved: look at the data with "
+            "`fedseg-site check`, then `fedseg-site plan approve` with --data again"
+        )
+    return record

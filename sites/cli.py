@@ -6,21 +6,32 @@ import typer
 
 from fedseg.shell import run
 from sites import check
+from sites.commands import audit, enrolment, models, plans
+
+HELP = "Check a hospital's data, take part in studies on its own terms, and use their models."
 
 app = typer.Typer(
     name="fedseg-site",
-    help="Check a hospital's data before a study, and look after what fedseg keeps of them.",
+    help=HELP,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("init", epilog=enrolment.INIT_EPILOG)(enrolment.init)
+app.command("join", epilog=enrolment.JOIN_EPILOG)(enrolment.join)
+app.command("studies", epilog=enrolment.STUDIES_EPILOG)(enrolment.studies)
+app.add_typer(plans.app, name="plan")
 app.command("check", epilog=check.CHECK_EPILOG)(check.check)
+app.command("predict", epilog=models.PREDICT_EPILOG)(models.predict)
+app.add_typer(audit.audit, name="audit")
+app.add_typer(audit.backup, name="backup")
 app.add_typer(check.cache, name="cache")
+app.command("leave", epilog=enrolment.LEAVE_EPILOG)(enrolment.leave)
 
 
-@app.callback()
+@app.callback(help=HELP)
 def fedseg_site() -> None:
-    """Check a hospital's data before a study, and look after what fedseg keeps of them."""
+    """Nothing but a place for the commands."""
 
 
 def main() -> None:

@@ -8,65 +8,42 @@ until somebody approves again. Cases that were added play no part until then.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from fedseg.errors import DataError
 from fedseg.imaging.cases import SPLITS, Cohort, Manifest
 from fedseg.imaging.fingerprint import fingerprint
 from fedseg.imaging.manifests import ListedManifest, read_manifest
-from fedseg.plan import Digest, Frozen, StudyPlan
-from fedseg.updates import NotNegativeInt, SplitName
-from sites.approval import approved
-from sites.folder import SiteFolder, read_note
+from fedseg.plan import StudyPlan
+from fedseg.updates import SplitName
+from sites.approval import CohortRecord, frozen_record
+from sites.folder import SiteFolder
 
 if TYPE_CHECKING:
     from fedseg.imaging.quality import Inspection
 
+Progress = Callable[[int], AbstractContextManager[Callable[[str], None]]]
 AGAIN = "look at it with `fedseg-site check`, then `fedseg-site plan approve` again"
-
-
-class CohortRecord(Frozen):
-    """cohort.json: which data a study may train on. It names cases and stays with the trainer.
-
-    Attributes:
-        data: the data folder, absolute.
-        table: the CSV in it, or None for the usual one.
-        row: what the data call this site; "" where they name no sites.
-        cases: names of the usable cases, sorted.
-        patients: patients of them by split.
-        left_out: cases of this site that cannot be used.
-        unlisted: rows or files of the folder that could not even be listed as cases.
-        fingerprint: over patients, splits, label map and files.
-    """
-
-    format: Literal["fedseg-cohort/1"] = "fedseg-cohort/1"
-    plan: Digest
-    data: str
-    table: str | None
-    row: str
-    cases: tuple[str, ...]
-    patients: dict[SplitName, NotNegativeInt]
-    left_out: NotNegativeInt
-    unlisted: NotNegativeInt
-    fingerprint: Digest
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the record, which the approval names."""
-        return hashlib.sha256(self.canonical_bytes).hexdigest()
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A cohort that was just looked at, its record, and what the check found in the folder."""
+    """A cohort that was just looked at.
+
+    Attributes:
+        record: what is kept of it.
+        inspection: what the check found in the whole folder.
+        left_out_patients: this site's patients of whom no case can be used.
+    """
 
     cohort: Cohort
     record: CohortRecord
     inspection: Inspection
+    left_out_patients: int
 
 
 def choose_cohort(
@@ -76,8 +53,7 @@ def choose_cohort(
     *,
     table: str | None = None,
     row: str | None = None,
-    progress: Callable[[str], None] | None = None,
-    listed: Callable[[int], None] = lambda _cases: None,
+    progress: Progress = lambda _cases: nullcontext(lambda _name: None),
 ) -> Chosen:
     """Inspect a data folder and take this site's usable cases.
 
@@ -86,8 +62,7 @@ def choose_cohort(
             depends on it.
         table: a CSV in the folder other than sites.csv.
         row: what the data call this site, where it is not `site` and they name several.
-        progress: called with the name of each case once it is inspected.
-        listed: told how many cases there are before they are inspected.
+        progress: told how many cases will be inspected; what it gives is told of each.
 
     Raises:
         DataError: the folder cannot be read, names other sites only, or leaves nothing to train on.
@@ -96,8 +71,8 @@ def choose_cohort(
 
     manifest = read_manifest(data, plan.task, table=table, seed=plan.training.seed)
     row = _row_of(manifest, site, row)
-    listed(len(manifest.cases))
-    cohorts, inspection = usable_cohorts(manifest, plan.task, progress)
+    with progress(len(manifest.cases)) as advance:
+        cohorts, inspection = usable_cohorts(manifest, plan.task, advance)
     cohort = _named(site, cohorts[row].cohort)
     patients: dict[SplitName, int] = {split: len(cohort.split(split).patients) for split in SPLITS}
     if not patients["train"]:
@@ -116,7 +91,8 @@ def choose_cohort(
         unlisted=_unlisted(manifest),
         fingerprint=_fingerprint(cohort),
     )
-    return Chosen(cohort, record, inspection)
+    whole = manifest.cohort(row).patients
+    return Chosen(cohort, record, inspection, len(whole) - len(cohort.patients))
 
 
 def load_record(folder: SiteFolder, study: str, plan: StudyPlan) -> CohortRecord:
@@ -126,15 +102,12 @@ def load_record(folder: SiteFolder, study: str, plan: StudyPlan) -> CohortRecord
         DataError: nothing is approved, or for another plan.
         TrustError: the approval or the record was edited.
     """
-    approval = approved(folder, study)
-    if approval is None or approval.plan != plan.digest:
+    record = frozen_record(folder, study, plan.digest)
+    if record is None:
         raise DataError(
             f"no data are approved for this plan of {study}: `fedseg-site plan show {study}`, then "
             "`plan approve`"
         )
-    record = read_note(folder.cohort(study), CohortRecord)
-    if record.digest != approval.cohort or record.plan != plan.digest:
-        raise DataError(f"cohort.json of {study} is not the one that was approved: {AGAIN}")
     return record
 
 

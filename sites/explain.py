@@ -17,8 +17,7 @@ from sites.policy import Rule
 
 if TYPE_CHECKING:
     from fedseg.security.identity import Bundle, Roll
-    from sites.approval import Approval
-    from sites.cohort import CohortRecord
+    from sites.approval import Approval, CohortRecord
 
 FEW_PATIENTS = 5
 _METRICS = {

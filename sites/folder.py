@@ -20,8 +20,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from fedseg.container import write_atomically
 from fedseg.errors import DataError, StorageError
-from fedseg.plan import Frozen, Name
-from fedseg.updates import SiteName
+from fedseg.plan import Frozen, Name, SiteName
 
 MAX_NOTE_BYTES = 16 * 1024 * 1024
 OPEN_FOLDER, SHARED_FOLDER, PRIVATE_FOLDER = 0o755, 0o750, 0o700
@@ -344,7 +343,7 @@ def write_note(path: Path, note: BaseModel | bytes, mode: int = PRIVATE_FILE) ->
 
 
 def make_folder(path: Path, mode: int = PRIVATE_FOLDER) -> Path:
-    """Make a folder of exactly this mode, for the owner of the folder it lies in.
+    """Make a folder of this mode, for the owner of its parent; one that is there gets no wider.
 
     Raises:
         StorageError: no right to make it there.
@@ -354,6 +353,9 @@ def make_folder(path: Path, mode: int = PRIVATE_FOLDER) -> Path:
             if not path.is_dir():
                 path.mkdir(parents=True, mode=mode)
                 path.chmod(mode)
+            wider = path.stat().st_mode & 0o777 & ~mode
+            if wider:
+                path.chmod(path.stat().st_mode & mode)
     except OSError as error:
         raise StorageError(
             f"cannot make the folder {path.name} ({error.strerror}): run this as the user to whom "
@@ -369,12 +371,12 @@ def as_owner_of(folder: Path) -> Iterator[None]:
     So what root writes belongs to the user that will need it, and a link laid into that user's
     folder leads nowhere that the user could not go alone. For a process with one thread.
     """
-    if os.geteuid() != 0:
-        yield
-        return
     while not folder.exists():
         folder = folder.parent
     owner, groups, group = folder.stat(), os.getgroups(), os.getegid()
+    if os.geteuid() != 0 or owner.st_uid == 0:
+        yield
+        return
     os.setgroups([])
     os.setegid(owner.st_gid)
     os.seteuid(owner.st_uid)

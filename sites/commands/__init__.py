@@ -1,0 +1,1 @@
+"""The commands of `fedseg-site`, each beside its options; they decide nothing themselves."""

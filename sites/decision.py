@@ -1,0 +1,189 @@
+"""The hospital's decision on a plan: what it knows of it, yes, and no.
+
+A yes is refused where the hospital's own policy forbids the plan, and the refusal names the rule.
+It covers the list of sites as it stands, and freezes the cohort. The approval is written before a
+new list of sites is taken: whatever the crash, no list counts that nobody approved. A no takes an
+earlier yes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+from fedseg.errors import DataError, PrivacyError, TrustError
+from fedseg.plan import StudyPlan
+from fedseg.security.identity import MAX_ROLL_BYTES, Bundle, SignedRoll, open_roll
+from fedseg.security.keys import SigningKey, VerifyKey
+from sites.approval import Approval, CohortRecord, approved, frozen_record
+from sites.audit import record, utc_now
+from sites.enrolment import pinned_bundle
+from sites.explain import Situation
+from sites.folder import SiteFolder, as_owner_of, write_note
+from sites.keyring import own_identity
+from sites.policy import authorise, load_policy, rules
+from sites.rolls import accepted_roll, take_roll
+
+
+@dataclass(frozen=True)
+class Lists:
+    """The accepted list of sites, and a newer one that waits for approval, or None."""
+
+    accepted: SignedRoll
+    offered: SignedRoll | None
+
+    @property
+    def current(self) -> SignedRoll:
+        """The list that an approval would cover."""
+        return self.offered or self.accepted
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """Sites of it that the accepted list has not."""
+        return self.current.roll.added_since(self.accepted.roll)
+
+
+def lists_of(folder: SiteFolder, bundle: Bundle) -> Lists:
+    """The lists of sites of a joined study, verified.
+
+    Raises:
+        DataError: the accepted one cannot be read.
+        TrustError: one of them was edited.
+    """
+    key = VerifyKey.from_text(bundle.study_key)
+    accepted, path = accepted_roll(folder, bundle.study, key), folder.offered_roll(bundle.study)
+    try:
+        with path.open("rb") as stream:
+            offered = open_roll(stream.read(MAX_ROLL_BYTES + 1), key, bundle.study)
+    except FileNotFoundError:
+        return Lists(accepted, None)
+    except OSError as error:
+        raise DataError(f"cannot read {path.name}: {error.strerror}") from None
+    return Lists(accepted, offered if offered.roll.version > accepted.roll.version else None)
+
+
+def situation_of(folder: SiteFolder, study: str) -> Situation:
+    """All that this hospital knows of a study.
+
+    Raises:
+        DataError: it has not joined it, or a file cannot be read.
+        TrustError: a file was edited.
+    """
+    bundle = pinned_bundle(folder, study)
+    lists, approval = lists_of(folder, bundle), approved(folder, study)
+    chosen = frozen_record(folder, study, bundle.plan.digest)
+    patients = chosen.patients.get("train", 0) if chosen else None
+    return Situation(
+        bundle=bundle,
+        roll=lists.current.roll,
+        added=lists.added if approval else (),
+        approval=approval,
+        record=chosen,
+        rules=rules(load_policy(folder.policy), bundle.plan, patients),
+    )
+
+
+def require_permitted(
+    folder: SiteFolder, plan: StudyPlan, key: SigningKey, patients: int | None = None
+) -> None:
+    """Hold a plan against the hospital's policy; a refusal is audited.
+
+    Raises:
+        PrivacyError: a rule forbids it.
+        DataError: the policy cannot be read.
+    """
+    try:
+        authorise(load_policy(folder.policy), plan, patients)
+    except PrivacyError as error:
+        record(
+            folder,
+            key,
+            "plan_refused",
+            study=plan.study,
+            plan=plan.digest,
+            code="policy",
+            reason=f"{error}",
+        )
+        raise
+
+
+def approve(
+    folder: SiteFolder,
+    study: str,
+    chosen: CohortRecord,
+    key: SigningKey,
+    *,
+    any_later_sites: bool,
+    by: str,
+    now: Callable[[], str] = utc_now,
+) -> Approval:
+    """Approve the plan with these data and the list of sites as it stands.
+
+    Raises:
+        PrivacyError: a rule of the hospital's forbids it.
+        TrustError: the list of sites has expired, or a file was edited.
+        StorageError: it could not be stored: nothing new is approved.
+    """
+    bundle = pinned_bundle(folder, study)
+    lists = lists_of(folder, bundle)
+    roll = lists.current.roll
+    require_permitted(folder, bundle.plan, key, chosen.patients.get("train", 0))
+    if roll.expires < datetime.fromisoformat(now()):
+        raise TrustError(
+            f"the list of sites of {study} expired on {roll.valid_until}: ask the consortium for a "
+            "renewed bundle and join with it"
+        )
+    approval = Approval(
+        site=bundle.site,
+        study=study,
+        plan=bundle.plan.digest,
+        roll=roll.digest,
+        any_later_sites=any_later_sites,
+        cohort=chosen.digest,
+        when=now(),
+        by=by,
+    ).signed(key)
+    write_note(folder.cohort(study), chosen)
+    record(
+        folder,
+        key,
+        "plan_approved",
+        now,
+        study=study,
+        plan=approval.plan,
+        roll=approval.roll,
+        version=roll.version,
+        cohort=approval.cohort,
+        any_later_sites=any_later_sites,
+        by=by,
+    )
+    write_note(folder.approval(study), approval)
+    if lists.offered is not None:
+        study_key = VerifyKey.from_text(bundle.study_key)
+        own = own_identity(folder)
+        take_roll(folder, study, lists.offered, key=study_key, own=own, approval=None)
+    return approval
+
+
+def refuse(
+    folder: SiteFolder,
+    study: str,
+    reason: str,
+    key: SigningKey,
+    now: Callable[[], str] = utc_now,
+) -> bool:
+    """Say no to a plan.
+
+    Returns:
+        Whether an earlier approval was taken back.
+
+    Raises:
+        DataError: the study was not joined.
+    """
+    plan = pinned_bundle(folder, study).plan
+    before = folder.approval(study).exists()
+    with as_owner_of(folder.studies):
+        folder.approval(study).unlink(missing_ok=True)
+    record(folder, key, "plan_refused", now, study=study, plan=plan.digest, reason=reason)
+    return before
