@@ -26,9 +26,9 @@ from fedseg.arrays import digest_of
 from fedseg.container import write_atomically
 from fedseg.errors import DataError, MissingExtraError, PlanError, RoundError
 from fedseg.imaging.cases import Cohort, Manifest
+from fedseg.imaging.cohorts import usable_cohorts
 from fedseg.imaging.fingerprint import fingerprint
 from fedseg.imaging.manifests import read_manifest
-from fedseg.imaging.quality import inspect, usable
 from fedseg.modelfile import save_model
 from fedseg.models.devices import require_device
 from fedseg.models.zoo import initial_model, load_tensors
@@ -214,15 +214,11 @@ def _usable_cohorts(
     manifest: Manifest, plan: StudyPlan, progress: Callable[[str], None]
 ) -> tuple[tuple[Cohort, ...], dict[str, int]]:
     """The sites' cohorts less the cases that cannot be used, and how many those are."""
-    broken = usable(inspect(manifest, plan.task, progress))
-    cohorts, left_out = [], {}
-    for site in manifest.sites:
+    found, _ = usable_cohorts(manifest, plan.task, progress)
+    for site in found:
         _check_site_name(site)
-        whole = manifest.cohort(site)
-        cohort = whole.without(broken)
-        left_out[site] = len(whole.cases) - len(cohort.cases)
-        cohorts.append(cohort)
-    return tuple(cohorts), left_out
+    left_out = {site: usable.left_out for site, usable in found.items()}
+    return tuple(usable.cohort for usable in found.values()), left_out
 
 
 def _check_site_name(site: str) -> None:
