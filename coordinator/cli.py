@@ -9,6 +9,7 @@ import typer
 
 from coordinator.commands import audit, enrolment, founding
 from coordinator.dashboard import command as dashboard
+from coordinator.dashboard import command as dashboard
 from fedseg.shell import run
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app.command("enrol", epilog=enrolment.ENROL_EPILOG)(enrolment.enrol)
 app.command("revoke", epilog=enrolment.REVOKE_EPILOG)(enrolment.revoke)
 app.command("renew", epilog=enrolment.RENEW_EPILOG)(enrolment.renew)
 app.command("sites", epilog=enrolment.SITES_EPILOG)(enrolment.sites)
+app.command("dashboard", epilog=dashboard.EPILOG)(dashboard.dashboard)
 app.command("dashboard", epilog=dashboard.EPILOG)(dashboard.dashboard)
 app.add_typer(audit.app, name="audit")
 
