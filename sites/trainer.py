@@ -3,7 +3,7 @@
 Long-lived, so that network and prepared cases stay warm. It takes only tasks of the plan it was
 made with; whatever goes wrong, an answer with one coarse code leaves and the reason stays here, in
 the site's journal. Training and evaluation are functions of task and cohort: a task that comes
-again gives the same answer.
+again gives the same answer. The last task brings the released model, which is stored for use.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedseg.arrays import Arrays
+from fedseg.arrays import Arrays, digest_of
+from fedseg.container import Buffer
 from fedseg.errors import DataError, FedsegError, NotFiniteError, PlanError, TrustError
 from fedseg.evaluation.evaluate import evaluate_cohort
 from fedseg.imaging.cache import CaseCache
 from fedseg.imaging.cases import Cohort
 from fedseg.learning.local import train_round
+from fedseg.modelfile import save_model
 from fedseg.models.zoo import build_network, load_tensors, state_tensors
 from fedseg.plan import StudyPlan
 from fedseg.result import mean_scores
@@ -30,6 +32,7 @@ from fedseg.updates import (
     Body,
     Enlisted,
     Evaluated,
+    Received,
     RefusalCode,
     Refused,
     TaskHeader,
@@ -55,6 +58,7 @@ class Trainer:
         cache: CaseCache,
         folder: Path,
         *,
+        models: Path,
         left_out: int = 0,
         device: str = "cpu",
     ) -> None:
@@ -65,6 +69,7 @@ class Trainer:
             cohort: the site's usable cases of all splits.
             cache: where prepared cases are kept.
             folder: the site's own place for optimiser states and its journal.
+            models: where released models are kept, a file a study.
             left_out: cases that the check found unusable; only their number is told.
             device: of torch.
         """
@@ -74,9 +79,10 @@ class Trainer:
         self._cache = cache
         self._states = OptimiserStates(folder / "state", plan)
         self._journal = Journal(folder / "journal.jsonl")
+        self._model_file = models / f"{plan.study}.safetensors"
         self._lock = threading.Lock()
 
-    def handle(self, task: bytes) -> bytes:
+    def handle(self, task: Buffer) -> bytes:
         """Answer one task. Never raises: a refusal is an answer with one coarse code."""
         with self._lock:
             delta: Arrays | None = None
@@ -89,13 +95,15 @@ class Trainer:
             header = AnswerHeader(task=task_digest(task), site=self._cohort.site, body=body)
             return seal_answer(header, delta)
 
-    def _work(self, task: bytes) -> tuple[Body, Arrays | None]:
+    def _work(self, task: Buffer) -> tuple[Body, Arrays | None]:
         """Open a task and do what its stage asks for."""
         header, model = open_task(task, self._plan)
         if header.stage == "enlist":
             return self._enlist(), None
         if header.stage == "evaluate":
             return self._evaluate(header, model), None
+        if header.stage == "release":
+            return self._receive(header, model), None
         return self._train(header, model)
 
     def _note(self, refused: Refused, error: Exception) -> None:
@@ -149,6 +157,14 @@ class Trainer:
         patients = evaluate_cohort(self._network, held_back, self._cache, self._plan, metrics)
         self._journal.write("evaluated", round=header.round, patients=len(patients))
         return Evaluated(patients=len(patients), scores=mean_scores(patients, metrics))
+
+    def _receive(self, header: TaskHeader, model: Arrays) -> Received:
+        """Store the released model where the hospital finds it, once it fits the network."""
+        load_tensors(self._network, model)
+        path, plan = self._model_file, self._plan
+        save_model(path, plan, model, arm="federated", rounds=header.round)
+        self._journal.write("received", round=header.round, model=header.model)
+        return Received(model=digest_of(model))
 
 
 def _code_of(error: Exception) -> RefusalCode:

@@ -71,7 +71,8 @@ def weighted_mean(pairs: Iterable[tuple[float, int]]) -> float | None:
 
 def _answer_points(answer: SiteAnswer) -> Iterator[tuple[str, str, float]]:
     """(metric, label, value) of one answer."""
-    yield "patients", "", answer.patients
+    if answer.patients:  # the receipt of a released model counts none
+        yield "patients", "", answer.patients
     yield "bytes_up", "", answer.bytes_up
     if answer.steps:
         yield "steps", "", answer.steps

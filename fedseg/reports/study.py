@@ -38,6 +38,7 @@ STAGE_WORDS = {
     "enlist": "Enlist: count the patients",
     "train": "Train",
     "evaluate": "Evaluate",
+    "release": "Release: bring the final model",
     "total": "Total",
 }
 

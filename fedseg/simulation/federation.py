@@ -224,6 +224,7 @@ def _make_handle(federation: Federation, cohort: Cohort) -> Handle:
             cohort,
             CaseCache(federation.cache, federation.plan.task),
             folder,
+            models=folder / "models",
             left_out=federation.left_out.get(cohort.site, 0),
             device=federation.device,
         )

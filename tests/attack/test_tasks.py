@@ -19,6 +19,7 @@ from fedseg.arrays import digest_of
 from fedseg.errors import TrustError
 from fedseg.imaging.cache import CaseCache
 from fedseg.imaging.cases import Case, Cohort
+from fedseg.modelfile import load_model
 from fedseg.models.zoo import initial_model
 from fedseg.plan import StudyPlan
 from fedseg.security.identity import Roll, sign_roll
@@ -152,7 +153,12 @@ def cohort(folder: Path) -> Cohort:
 
 @pytest.fixture
 def trainer(cohort: Cohort, tmp_path: Path) -> Trainer:
-    return Trainer(PLAN, cohort, CaseCache(tmp_path / "cache", PLAN.task), tmp_path / "site")
+    return trainer_of(PLAN, cohort, tmp_path)
+
+
+def trainer_of(plan: StudyPlan, cohort: Cohort, tmp_path: Path) -> Trainer:
+    cache = CaseCache(tmp_path / "cache", plan.task)
+    return Trainer(plan, cohort, cache, tmp_path / "site", models=tmp_path / "models")
 
 
 def code_of(answer: bytes, task: bytes) -> str:
@@ -178,6 +184,7 @@ def test_a_task_that_is_not_the_plans_is_refused_with_one_word(
     assert entry["code"] == "task"
     assert entry["reason"]
     assert not (tmp_path / "site" / "state").exists()
+    assert not (tmp_path / "models").exists()
 
 
 @given(st.integers(0, len(GOOD) - 1), st.integers(1, 255))
@@ -210,10 +217,26 @@ def test_a_good_task_is_answered_after_any_attack_and_twice_alike(trainer: Train
     assert any(np.any(array) for array in delta.values())
 
 
-@pytest.mark.parametrize("stage", ["enlist", "train", "evaluate"])
+def test_a_released_model_is_stored_ready_for_use(trainer: Trainer, tmp_path: Path) -> None:
+    model = model_with(first=lambda array: array + 1)
+    task = sealed(model, stage="release", round=PLAN.aggregation.rounds)
+    for _ in range(2):
+        answer = trainer.handle(task)
+        sent = digest_of(model)
+        said, _ = open_answer(
+            answer, PLAN, task=task_digest(task), stage="release", site="site_a", model=sent
+        )
+        assert said.body.kind == "release" and said.body.model == sent
+        about, stored = load_model(tmp_path / "models" / f"{PLAN.study}.safetensors")
+        assert (about.arm, about.rounds, about.plan) == ("federated", 3, PLAN)
+        assert digest_of(stored) == sent
+
+
+@pytest.mark.parametrize("stage", ["enlist", "train", "evaluate", "release"])
 def test_no_answer_names_a_patient_a_case_or_a_path(stage: str, trainer: Trainer) -> None:
     enlisting = stage == "enlist"
-    changes = {"stage": stage, "round": 0 if enlisting else 1}
+    round_ = {"enlist": 0, "release": PLAN.aggregation.rounds}.get(stage, 1)
+    changes = {"stage": stage, "round": round_}
     task = seal_task(header(**changes, model=None)) if enlisting else sealed(MODEL, **changes)
     answer = trainer.handle(task)
     said = peek(answer, AnswerHeader, max_bytes=10**7)
@@ -234,22 +257,20 @@ def test_data_that_vanished_become_one_word(tmp_path: Path) -> None:
     cohort = write_cases(tmp_path / "gone")
     for path in (tmp_path / "gone").iterdir():
         path.unlink()
-    trainer = Trainer(PLAN, cohort, CaseCache(tmp_path / "cache", PLAN.task), tmp_path / "site")
+    trainer = trainer_of(PLAN, cohort, tmp_path)
     assert code_of(trainer.handle(GOOD), GOOD) == "data"
     (entry,) = Journal(tmp_path / "site" / "journal.jsonl").read("refused")
     assert "cannot be read" in entry["reason"]
 
 
 def test_a_site_without_training_patients_becomes_one_word(cohort: Cohort, tmp_path: Path) -> None:
-    trainer = Trainer(
-        PLAN, cohort.split("val"), CaseCache(tmp_path / "cache", PLAN.task), tmp_path / "site"
-    )
+    trainer = trainer_of(PLAN, cohort.split("val"), tmp_path)
     assert code_of(trainer.handle(GOOD), GOOD) == "data"
 
 
 def test_a_site_that_cannot_write_still_answers(cohort: Cohort, tmp_path: Path) -> None:
     (tmp_path / "site").write_text("a file where the site's folder should be")
-    trainer = Trainer(PLAN, cohort, CaseCache(tmp_path / "cache", PLAN.task), tmp_path / "site")
+    trainer = trainer_of(PLAN, cohort, tmp_path)
     assert code_of(trainer.handle(GOOD), GOOD) in {"failed", "not_finite"}
     assert code_of(trainer.handle(b"garbage"), b"garbage") == "task"
 

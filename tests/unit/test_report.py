@@ -189,7 +189,7 @@ def test_numbers_are_written_for_people() -> None:
 def test_traffic_adds_up() -> None:
     result = make_result()
     *lines, total = traffic.by_stage(result)
-    assert [line.name for line in lines] == ["enlist", "train", "evaluate"]
+    assert [line.name for line in lines] == ["enlist", "train", "evaluate", "release"]
     assert total.bytes_up == sum(record.bytes_up for record in result.stages)
     train = lines[1]
     assert (train.messages_down, train.messages_up) == (100, 98)
