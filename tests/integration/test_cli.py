@@ -16,6 +16,7 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+from small_studies import write_built
 from tiny_studies import environment, fedseg, tiny_plan, write_plan
 
 from fedseg.modelfile import load_model
@@ -35,7 +36,15 @@ COMMANDS = [
     ("fedseg", "predict"),
     ("sites", "check"),
     ("sites", "cache purge"),
-    ("coordinator", "status"),
+    ("coordinator", "init"),
+    ("coordinator", "enrol"),
+    ("coordinator", "revoke"),
+    ("coordinator", "renew"),
+    ("coordinator", "sites"),
+    ("coordinator", "dashboard"),
+    ("coordinator", "audit show"),
+    ("coordinator", "audit verify"),
+    ("coordinator", "audit restored"),
 ]
 NAMES = {"fedseg": "fedseg", "sites": "fedseg-site", "coordinator": "fedseg-coordinator"}
 
@@ -158,14 +167,6 @@ def test_simulate_prints_the_result_as_json(run: Any, data: Path, tmp_path: Path
     printed = json.loads(ran.out)
     assert printed == json.loads((out / "result.json").read_bytes())
     assert "round 2/2 evaluate" in ran.err
-    status = run(
-        "status",
-        out / "plan.json",
-        out / "federated" / "checkpoint.safetensors",
-        module="coordinator",
-    )
-    assert status.status == 0
-    assert "tiny: 2 of 2 rounds closed, finished" in status.out
 
 
 def test_simulate_shows_rounds_a_table_and_where_the_report_is(
@@ -282,7 +283,7 @@ def test_what_cannot_be_predicted_or_measured_is_one_message(
     _refused(run("evaluate", model, "--data", data, "--split", "test"), "no usable labelled case")
     _refused(run("evaluate", model, "--data", data, "--site", "hospital_z"), "hospital_z")
     _refused(run("evaluate", model, "--data", tmp_path / "none"))
-    _refused(run("status", data, model, module="coordinator"))
+    _refused(run("sites", "--study", data, module="coordinator"), "no study folder")
     _refused(run("check", tmp_path / "none", module="sites"))
 
 
@@ -333,15 +334,14 @@ def test_a_site_without_its_extra_is_told_to_install_it(data: Path) -> None:
     _refused(_without(SITE_PACKAGES, "sites", "check", data), "pip install 'fedseg[site]'")
 
 
-def test_the_light_half_works_without_the_heavy_packages(
-    undisturbed: tuple[Path, StudyResult], tmp_path: Path
-) -> None:
-    out = undisturbed[0]
+def test_the_light_half_works_without_the_heavy_packages(tmp_path: Path) -> None:
     absent = SITE_PACKAGES | {"jinja2", "tensorboard", "PIL"}
     plan = tmp_path / "study.yaml"
     assert _without(absent, "fedseg", "plan", "new", plan).status == 0
     assert _without(absent, "fedseg", "plan", "check", plan).status == 0
-    status = ("status", out / "plan.json", out / "federated" / "checkpoint.safetensors")
-    ran = _without(absent, "coordinator", *status)
+    built = write_built(tmp_path / "built.json")
+    study = tmp_path / "study"
+    ran = _without(absent, "coordinator", "init", study, "--host", "localhost", "--plan", built)
     assert ran.status == 0, ran.err
-    assert "3 of 3 rounds closed, finished" in ran.out
+    ran = _without(absent, "coordinator", "sites", "--study", study)
+    assert "version 1 of the roll" in ran.out

@@ -69,9 +69,7 @@ def test_the_light_install_is_small_and_names_what_is_missing(
     there = json.loads(_run(programs / "pip", "list", "--format", "json", cwd=tmp_path).stdout)
     heavy = {"torch", "monai", "nibabel", "pydicom", "highdicom", "ray", "scipy", "matplotlib"}
     assert not {package["name"] for package in there} & heavy
-    assert (
-        "Example" in _run(programs / "fedseg-coordinator", "status", "--help", cwd=tmp_path).stdout
-    )
+    assert "Example" in _run(programs / "fedseg-coordinator", "init", "--help", cwd=tmp_path).stdout
     plan = tmp_path / "study.yaml"
     _run(programs / "fedseg", "plan", "new", plan, cwd=tmp_path)
     _run(programs / "fedseg", "plan", "check", plan, cwd=tmp_path)

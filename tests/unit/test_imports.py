@@ -53,6 +53,11 @@ def test_the_coordinator_has_neither_torch_nor_anything_that_reads_images() -> N
     assert not [name for name in found if name.partition(".")[0] == "sites"]
 
 
+def test_the_coordinator_lists_its_commands_at_once() -> None:
+    found = modules_after("import coordinator.cli")
+    assert not found & {"flwr", "numpy", "pydantic", "cryptography", "uvicorn", "fastapi", "httpx"}
+
+
 def test_the_relay_of_a_site_has_neither_torch_nor_anything_that_reads_images() -> None:
     found = modules_after("import sites.app")
     assert not found & (HEAVY | READERS | ROOMS)
