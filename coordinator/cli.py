@@ -9,7 +9,6 @@ import typer
 
 from coordinator.commands import audit, enrolment, founding
 from coordinator.dashboard import command as dashboard
-from coordinator.dashboard import command as dashboard
 from fedseg.shell import run
 
 app = typer.Typer(
@@ -26,7 +25,8 @@ app.command("renew", epilog=enrolment.RENEW_EPILOG)(enrolment.renew)
 app.command("sites", epilog=enrolment.SITES_EPILOG)(enrolment.sites)
 app.command("dashboard", epilog=dashboard.EPILOG)(dashboard.dashboard)
 app.command("dashboard", epilog=dashboard.EPILOG)(dashboard.dashboard)
-app.add_typer(audit.app, name="audit")
+app.add_typer(audit.audit, name="audit")
+app.add_typer(audit.backup, name="backup")
 
 
 @app.callback()

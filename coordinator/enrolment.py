@@ -209,7 +209,7 @@ def _changing(folder: StudyFolder, key: SigningKey, now: datetime) -> Iterator[R
             raise TrustError(
                 f"registry.json has version {roll.version} of the roll, the audit knows another "
                 f"version {version}: put the newer file back, or, where a backup was restored, say "
-                "so with `fedseg-coordinator audit restored`"
+                "so with `fedseg-coordinator backup restored`"
             )
         if roll.version > version:  # a crash came between the registry and what follows it
             _write_bundles(folder, sign_roll(roll, key), key, now)

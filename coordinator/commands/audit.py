@@ -1,4 +1,4 @@
-"""`fedseg-coordinator audit`: read the audit chain, verify it, declare a restored backup."""
+"""`fedseg-coordinator audit show | verify` and `backup restored`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import typer
 
 from coordinator.commands.study import StudyPath, unlocked
 
-app = typer.Typer(no_args_is_help=True, help="What was done in the study, in an unbroken chain.")
+audit = typer.Typer(no_args_is_help=True, help="What was done in the study, in an unbroken chain.")
+backup = typer.Typer(no_args_is_help=True, help="Declare that a backup was put back.")
 
 
-@app.command(epilog="Example:  fedseg-coordinator audit show --study /srv/liver --last 20")
+@audit.command(epilog="Example:  fedseg-coordinator audit show --study /srv/liver --last 20")
 def show(
     study: StudyPath = Path(),
     last: Annotated[int | None, typer.Option(min=1, help="Only this many entries.")] = None,
@@ -30,7 +31,7 @@ def show(
         typer.echo(entry.model_dump_json() if json else line)
 
 
-@app.command(epilog="Example:  fedseg-coordinator audit verify --study /srv/liver")
+@audit.command(epilog="Example:  fedseg-coordinator audit verify --study /srv/liver")
 def verify(study: StudyPath = Path()) -> None:
     """Check that no entry was edited, removed or put elsewhere; exit status 1 names the first."""
     from coordinator.enrolment import public_key
@@ -41,10 +42,14 @@ def verify(study: StudyPath = Path()) -> None:
     entries = verify_chain(folder.audit, public_key(folder))
     last = f", the last of {entries[-1].at}" if entries else ""
     typer.echo(f"the audit holds: {len(entries)} entries{last}")
+    if entries:
+        typer.echo(
+            f"to show later that none is missing, note: entry {entries[-1].n}, {entries[-1].hash}"
+        )
 
 
-@app.command(
-    epilog='Example:  fedseg-coordinator audit restored --reason "disk failed, backup of 3 May"'
+@backup.command(
+    epilog='Example:  fedseg-coordinator backup restored --reason "disk failed" --study /srv/liver'
 )
 def restored(
     reason: Annotated[str, typer.Option(help="What was put back, and why.")],

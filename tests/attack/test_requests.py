@@ -263,7 +263,7 @@ class TestFiles:
         old = folder.registry.read_bytes()
         revoke(folder, "hospital_a", "key lost", key, NOW)
         folder.registry.write_bytes(old)
-        self._stopped(study, r"version 2 of the roll.*version 3.*audit restored")
+        self._stopped(study, r"version 2 of the roll.*version 3.*backup restored")
 
     def test_a_registry_of_another_study_of_the_same_key(
         self, study: tuple[StudyFolder, SigningKey]

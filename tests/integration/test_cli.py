@@ -44,7 +44,7 @@ COMMANDS = [
     ("coordinator", "dashboard"),
     ("coordinator", "audit show"),
     ("coordinator", "audit verify"),
-    ("coordinator", "audit restored"),
+    ("coordinator", "backup restored"),
 ]
 NAMES = {"fedseg": "fedseg", "sites": "fedseg-site", "coordinator": "fedseg-coordinator"}
 

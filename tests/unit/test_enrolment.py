@@ -303,7 +303,7 @@ class TestEnrolment:
         backup = folder.registry.read_bytes()
         register(folder, hospital("hospital_a", tmp_path).request, key, NOW)
         folder.registry.write_bytes(backup)
-        with pytest.raises(TrustError, match="audit restored"):
+        with pytest.raises(TrustError, match="backup restored"):
             renew(folder, key, NOW)
         assert declare_restored(folder, "disk failed", 0, key, NOW) == 3
         assert declare_restored(folder, "whole folder restored", 17, key, NOW) == 18
@@ -379,7 +379,7 @@ class TestCommands:
         assert self._run("renew").exit_code == 0
         assert self._run("revoke", "hospital_a", "--reason", "key lost").exit_code == 0
         assert "revoked" in self._run("sites").output
-        assert self._run("audit", "restored", "--reason", "backup", "--above", 9).exit_code == 0
+        assert self._run("backup", "restored", "--reason", "backup", "--above", 9).exit_code == 0
         assert "version 10" in self._run("sites").output
         shown = self._run("audit", "show").output.splitlines()
         words = ["initialised", "enrolled", "renewed", "renewed", "revoked", "restored"]
@@ -418,7 +418,7 @@ class TestCommands:
             ("sites",),
             ("audit", "show"),
             ("audit", "verify"),
-            ("audit", "restored", "--reason", "why"),
+            ("backup", "restored", "--reason", "why"),
         ):
             found = self._refused(self._run(*command, "--study", tmp_path))
             assert "no study folder" in found
