@@ -24,7 +24,6 @@ app.command("revoke", epilog=enrolment.REVOKE_EPILOG)(enrolment.revoke)
 app.command("renew", epilog=enrolment.RENEW_EPILOG)(enrolment.renew)
 app.command("sites", epilog=enrolment.SITES_EPILOG)(enrolment.sites)
 app.command("dashboard", epilog=dashboard.EPILOG)(dashboard.dashboard)
-app.command("dashboard", epilog=dashboard.EPILOG)(dashboard.dashboard)
 app.add_typer(audit.audit, name="audit")
 app.add_typer(audit.backup, name="backup")
 
