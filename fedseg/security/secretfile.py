@@ -103,13 +103,8 @@ def write_secret(path: Path, secret: bytes, *, replace: bool = False) -> None:
         if replace:
             draft.replace(path)
         else:
-            os.link(draft, path)  # fails where there is one, in one step
+            _name(draft, path)
         _sync(path.parent)
-    except FileExistsError:
-        raise DataError(
-            f"{path.name} is there already and is not overwritten: keys cannot be made again; "
-            "move it away if it is no longer needed"
-        ) from None
     except OSError as error:
         raise StorageError(f"cannot write {path.name}: {error.strerror}") from error
     finally:
@@ -146,6 +141,17 @@ def _stretched(passphrase: bytes, salt: bytes) -> bytes:
     return Argon2id(salt=salt, length=32, iterations=3, lanes=4, memory_cost=64 * 1024).derive(
         passphrase
     )
+
+
+def _name(draft: Path, path: Path) -> None:
+    """Give a file its name, in one step that fails where there is one of that name."""
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        raise DataError(
+            f"{path.name} is there already and is not overwritten: keys cannot be made again; "
+            "move it away if it is no longer needed"
+        ) from None
 
 
 def _sync(folder: Path) -> None:
