@@ -1,10 +1,11 @@
 """What a site has answered: a task that comes again gets its answer again and trains nothing.
 
 A folder a round and stage. A task is known by its digest: that it was begun is on disk before any
-work starts, and work is never begun on more tasks of a stage than the plan has attempts. Once the work is done its plain answer is kept, then the sealed one, each whole or not at all. So a
-crash costs at most the work that was open, and a coordinator that lost its receiving key gets the
-same answer under a new one. Plain answers are kept for the rounds that a coordinator restored from
-a backup may go back to, sealed ones for the last few.
+work starts, and work is never begun on more tasks of a stage than the plan has attempts. Once the
+work is done its plain answer is kept, then the sealed one, each whole or not at all. So a crash
+costs at most the work that was open, and a coordinator that lost its receiving key gets the same
+answer under a new one. Plain answers are kept for the rounds that a coordinator restored from a
+backup may go back to, sealed ones for the last few.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Answers:
             StorageError: it could not be written.
         """
         served, last = self.begun(slot), self.last
-        if last is not None and slot.round <= last.round - PLAIN_ROUNDS_KEPT:
+        if attempts is not None and last and slot.round <= last.round - PLAIN_ROUNDS_KEPT:
             raise TrustError(f"a task of round {slot.round} came, the site is at {last.round}")
         if about in served:
             return

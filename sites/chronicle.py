@@ -1,0 +1,56 @@
+"""What the trainer writes into the site's audit, so that nobody outside can fill the disk with it.
+
+Everything that leaves is an entry of its own. Refusals and repeated tasks are caused from outside,
+as often as a relay that was taken over likes: the first of an hour are entries of their own, the
+others are counted, and the count is the next hour's first entry.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from fedseg.chain import Chain
+
+SINGLY = 100
+HOUR_S = 3600.0
+Fact = str | int | float | bool | None | list[str]
+
+
+class Chronicle:
+    """A site's audit as the trainer writes it."""
+
+    def __init__(self, chain: Chain, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._chain, self._clock = chain, clock
+        self._lock = threading.Lock()
+        self._since = clock()
+        self._seen: Counter[str] = Counter()
+
+    def write(self, event: str, **facts: Fact) -> None:
+        """Append an entry; it is on disk when this returns."""
+        self._chain.append(event, **facts)
+
+    def provoked(self, event: str, **facts: Fact) -> None:
+        """Append an entry that somebody outside caused, or count it where there were many."""
+        with self._lock:
+            if self._clock() - self._since > HOUR_S:
+                self._settle()
+            self._seen[event] += 1
+            singly = self._seen[event] <= SINGLY
+        if singly:
+            self._chain.append(event, **facts)
+
+    def close(self) -> None:
+        """Append what was only counted."""
+        with self._lock:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Write the counts of the hour and begin another."""
+        for event, count in self._seen.items():
+            if count > SINGLY:
+                self._chain.append(event, reason=f"{count - SINGLY} more within one hour")
+        self._seen.clear()
+        self._since = self._clock()

@@ -1,0 +1,334 @@
+"""The gate between relay and trainer: what is let in, what is worked on, what goes out.
+
+In this order, and nothing is skipped. The envelope is opened: signed by the study's pinned key, for
+this study and this site; else it is a stranger's and gets no answer. Plan, policy and list of sites
+must be those that the hospital approved. A task that was answered gets its stored answer and trains
+nothing; another one for a stage that was served is refused beyond the plan's attempts. Then the
+trainer works, and its answer is kept, sealed, signed and on disk before its first byte leaves.
+Every step is audited first; of a refusal one coarse code leaves, its reason stays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedseg.container import peek
+from fedseg.errors import FedsegError, PlanError, PrivacyError, StorageError, TrustError
+from fedseg.plan import StudyPlan
+from fedseg.security.envelope import (
+    EnvelopeHeader,
+    envelope_limit,
+    open_envelope,
+    seal_bytes,
+    seal_envelope,
+)
+from fedseg.security.identity import COORDINATOR, SiteIdentity
+from fedseg.security.keys import ReceivingKey, SealingKey, SigningKey, VerifyKey
+from fedseg.updates import (
+    AnswerHeader,
+    RefusalCode,
+    Refused,
+    TaskHeader,
+    message_limit,
+    seal_answer,
+)
+from sites.answers import Answers, Slot
+from sites.approval import Approval, approved
+from sites.chronicle import Chronicle
+from sites.enrolment import pinned_bundle
+from sites.folder import SiteFolder, make_folder
+from sites.policy import authorise, load_policy
+from sites.rolls import RosterError, accepted_roll, require_accepted, take_roll
+
+if TYPE_CHECKING:
+    from sites.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+FREE_STAGES = frozenset({"enlist", "release"})
+Answer = Path | bytes
+MakeTrainer = Callable[[SiteFolder, str, StudyPlan], "Trainer"]
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The site's identity: one key signs answers, the other opens tasks."""
+
+    signing: SigningKey
+    receiving: ReceivingKey
+
+
+@dataclass(frozen=True)
+class Doing:
+    """What is being worked on."""
+
+    study: str
+    round: int
+    stage: str
+    since: str
+
+
+class StrangerError(TrustError):
+    """An envelope that is not the study's: it gets no answer."""
+
+
+class Gate:
+    """One study's gate. It handles one task at a time; its callers see to that."""
+
+    def __init__(
+        self,
+        folder: SiteFolder,
+        study: str,
+        own: SiteIdentity,
+        keys: Keys,
+        *,
+        chronicle: Chronicle,
+        now: Callable[[], datetime],
+        make_trainer: MakeTrainer,
+    ) -> None:
+        """Open the gate of a study that was joined.
+
+        Args:
+            own: this site.
+            now: the time, with its zone.
+            make_trainer: called at the first task after each approval.
+
+        Raises:
+            TrustError: the pinned bundle was edited, or is not this site's.
+        """
+        self._folder, self._study, self._own, self._keys = folder, study, own, keys
+        self._chronicle, self._now, self._make_trainer = chronicle, now, make_trainer
+        bundle = pinned_bundle(folder, study)
+        self._key, self._plan = VerifyKey.from_text(bundle.study_key), bundle.plan
+        self._limit = message_limit(self._plan.built.tensors)
+        self._answers = Answers(folder.answers(study))
+        self._trainer: tuple[str, Trainer] | None = None
+        self.doing: Doing | None = None
+
+    @property
+    def max_bytes(self) -> int:
+        """The largest envelope that a task of this study can have."""
+        return envelope_limit(self._limit)
+
+    def handle(self, envelope: Path) -> Answer:
+        """Answer one sealed task.
+
+        Args:
+            envelope: the file that it was spooled to.
+
+        Returns:
+            The sealed answer: a stored file, or the bytes of a refusal, which is not stored.
+
+        Raises:
+            StrangerError: it is not the study's.
+            StorageError: the audit cannot be written: nothing leaves unrecorded.
+        """
+        with self._opened(envelope) as (header, task):
+            try:
+                return self._answer(header, task)
+            except FedsegError as error:
+                return self._refuse(header, _code_of(error), str(error))
+            except Exception as error:
+                logger.exception("a task failed for a reason that fedseg does not know")
+                return self._refuse(header, "failed", type(error).__name__)
+            finally:
+                self.doing = None
+
+    @contextmanager
+    def _opened(self, envelope: Path) -> Iterator[tuple[EnvelopeHeader, mmap.mmap]]:
+        """The verified header, and the task in a file of its own that is gone afterwards."""
+        spool = make_folder(self._folder.spool(self._study))
+        with tempfile.TemporaryFile(dir=spool) as plain, envelope.open("rb") as source:
+            try:
+                header = open_envelope(
+                    source,
+                    plain,
+                    kind="task",
+                    study=self._study,
+                    signer=self._key,
+                    recipient=self._own.name,
+                    key=self._keys.receiving,
+                    max_bytes=self._limit,
+                )
+                if header.reply_to is None or not header.size:
+                    raise TrustError("the envelope is empty, or does not say where to answer")
+                SealingKey.from_text(header.reply_to)
+            except TrustError as error:
+                self._provoked("refused", code="stranger", reason=str(error))
+                raise StrangerError(str(error)) from None
+            plain.flush()
+            yield header, mmap.mmap(plain.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def _answer(self, header: EnvelopeHeader, task: mmap.mmap) -> Answer:
+        """Check an authentic task against what was approved, and answer it."""
+        approval = self._approval(header)
+        said = peek(task, TaskHeader, max_bytes=self._limit)
+        self._check_place(said)
+        self._check_roll(header, said, approval)
+        slot, name = Slot(said.round, said.stage), _name(said, header, approval)
+        facts: dict[str, Any] = {"round": said.round, "stage": said.stage, "attempt": said.attempt}
+        assert header.reply_to is not None
+        stored = self._answers.sealed(slot, name, header.reply_to)
+        if stored is not None:
+            self._provoked("repeated", **facts, digest=header.about)
+            return stored
+        plain = self._answers.plain(slot, name)
+        if plain is not None:
+            self._provoked("repeated", **facts, digest=header.about)
+            return self._seal(slot, name, header, plain, facts)
+        attempts = None if said.stage in FREE_STAGES else self._plan.aggregation.attempts
+        self._answers.begin(slot, name, attempts)
+        received = facts | {"bytes": header.size, "digest": header.about}
+        self._chronicle.write("task_received", study=self._study, **received)
+        self.doing = Doing(self._study, said.round, said.stage, self._now().isoformat())
+        plain = self._work(task, approval)
+        self._answers.keep(slot, name, plain)
+        return self._seal(slot, name, header, plain, facts)
+
+    def _approval(self, header: EnvelopeHeader) -> Approval:
+        """What the hospital approved, if it is the task's plan and its rules still allow it."""
+        approval = approved(self._folder, self._study)
+        if approval is None:
+            raise PlanError("the hospital has not approved a plan of this study")
+        if not header.plan == approval.plan == self._plan.digest:
+            raise PlanError("the task is of another plan than the approved one")
+        authorise(load_policy(self._folder.policy), self._plan)
+        return approval
+
+    def _check_place(self, said: TaskHeader) -> None:
+        """Refuse a round or an attempt that the plan has not, before anything is noted of it."""
+        plan = self._plan.aggregation
+        first, last = (0, 0) if said.stage == "enlist" else (1, plan.rounds)
+        if not first <= said.round <= last or said.attempt > plan.attempts:
+            raise TrustError("the task asks for a round or an attempt that the plan does not have")
+
+    def _check_roll(self, header: EnvelopeHeader, said: TaskHeader, approval: Approval) -> None:
+        """Compare the task's list of sites with the accepted one; enlisting may bring a new one."""
+        offered = said.roll if said.stage == "enlist" else None
+        if offered is None:
+            roll = accepted_roll(self._folder, self._study, self._key)
+        else:
+            roll = take_roll(
+                self._folder,
+                self._study,
+                offered,
+                key=self._key,
+                own=self._own,
+                approval=approval,
+            )
+        require_accepted(roll, header.roll, self._now())
+
+    def _work(self, task: mmap.mmap, approval: Approval) -> bytes:
+        """Have the trainer answer; what it refuses is raised, and not stored."""
+        if self._trainer is None or self._trainer[0] != approval.signature:
+            self._trainer = None
+            trainer = self._make_trainer(self._folder, self._study, self._plan)
+            self._trainer = (approval.signature, trainer)
+        answer = self._trainer[1].handle(task)
+        body = peek(answer, AnswerHeader, max_bytes=self._limit).body
+        if body.kind == "refused":
+            raise _TrainerRefusedError(body.code)
+        return answer
+
+    def _seal(
+        self, slot: Slot, name: str, header: EnvelopeHeader, plain: bytes, facts: dict[str, Any]
+    ) -> Path:
+        """Seal and store an answer, and audit it: only then may it leave."""
+        assert header.reply_to is not None
+        with self._answers.sealing(slot, name, header.reply_to) as file:
+            sealed = seal_envelope(file, [plain], size=len(plain), **self._sealing(header))
+            size = file.seek(0, os.SEEK_END)
+            left = facts | {"bytes": size, "digest": sealed.ciphertext}
+            self._chronicle.write("answered", study=self._study, **left)
+        if slot.stage == "release":
+            self._chronicle.write("released", study=self._study, round=slot.round)
+        stored = self._answers.sealed(slot, name, header.reply_to)
+        assert stored is not None
+        return stored
+
+    def _refuse(self, header: EnvelopeHeader, code: RefusalCode, reason: str) -> bytes:
+        """Audit the reason, and seal an answer that has the code alone."""
+        self._provoked("refused", code=code, reason=reason, digest=header.about)
+        said = AnswerHeader(task=header.about, site=self._own.name, body=Refused(code=code))
+        return seal_bytes(seal_answer(said), **self._sealing(header))
+
+    def _sealing(self, header: EnvelopeHeader) -> dict[str, Any]:
+        """What every answer to this task is sealed with."""
+        assert header.reply_to is not None
+        return {
+            "kind": "answer",
+            "study": self._study,
+            "plan": header.plan,
+            "roll": header.roll,
+            "about": header.about,
+            "sender": self._own.name,
+            "recipients": {COORDINATOR: SealingKey.from_text(header.reply_to)},
+            "signer": self._keys.signing,
+        }
+
+    def _provoked(self, event: str, **facts: Any) -> None:
+        """Audit what somebody outside caused."""
+        self._chronicle.provoked(event, study=self._study, **facts)
+
+
+class _TrainerRefusedError(FedsegError):
+    """The trainer refused; its own journal has the reason."""
+
+    def __init__(self, code: RefusalCode) -> None:
+        super().__init__("the trainer refused or failed: its journal has the reason")
+        self.code = code
+
+
+def make_trainer(folder: SiteFolder, study: str, plan: StudyPlan, device: str = "cpu") -> Trainer:
+    """The trainer of an approved plan, on the cohort that was approved with it.
+
+    Raises:
+        DataError: the data changed since.
+    """
+    import torch
+
+    from fedseg.imaging.cache import CaseCache
+    from sites.cohort import load_cohort, load_record
+    from sites.trainer import Trainer
+
+    torch.set_num_threads(plan.training.threads)
+    return Trainer(
+        plan,
+        load_cohort(folder, study, plan),
+        CaseCache(folder.cache, plan.task),
+        folder.work(study),
+        left_out=load_record(folder, study, plan).left_out,
+        models=folder.models,
+        device=device,
+    )
+
+
+def _name(said: TaskHeader, header: EnvelopeHeader, approval: Approval) -> str:
+    """What a task's answer is stored under; what a site brings may change with its approval."""
+    if said.stage != "enlist":
+        return header.about
+    return hashlib.sha256(f"{header.about} {approval.signature}".encode()).hexdigest()
+
+
+def _code_of(error: FedsegError) -> RefusalCode:
+    """The coarse code that leaves."""
+    if isinstance(error, _TrainerRefusedError):
+        return error.code
+    codes: tuple[tuple[type[FedsegError], RefusalCode], ...] = (
+        (RosterError, "roster"),
+        (PlanError, "plan"),
+        (PrivacyError, "plan"),
+        (TrustError, "task"),
+        (StorageError, "failed"),
+    )
+    return next((code for kind, code in codes if isinstance(error, kind)), "data")
