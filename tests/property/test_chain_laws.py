@@ -106,7 +106,7 @@ def test_nobody_without_the_key_adds_an_entry(folder: Path, good: Good) -> None:
         if stands:
             assert verdict(folder, log, good[1]) == ENTRIES + 1
         else:
-            with pytest.raises(TrustError, match="entry 6 of the audit .* not by this key"):
+            with pytest.raises(TrustError, match=r"entry 6 of the audit .* not by this key"):
                 verdict(folder, log, good[1])
 
 
