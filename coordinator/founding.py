@@ -20,9 +20,9 @@ from coordinator.folder import Settings, StudyFolder, read_part
 from fedseg.chain import Chain
 from fedseg.container import write_atomically
 from fedseg.errors import DataError, PlanError
+from fedseg.initial import initial_path, load_initial
 from fedseg.modelfile import save_model
 from fedseg.plan import StudyPlan, load_plan
-from fedseg.planfile import initial_path, load_initial
 from fedseg.security.certificates import make_ca, make_server_certificate
 from fedseg.security.identity import Roll, sign_roll
 from fedseg.security.keys import SigningKey, fingerprint, save_key

@@ -1,4 +1,4 @@
-"""Plan files on disk: a commented example, and the initial model that lies beside a plan."""
+"""Plan files on disk: a commented example, and how a plan is built."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import json
 import re
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import yaml
-from numpy.typing import NDArray
 
 from fedseg.container import write_atomically
-from fedseg.errors import DataError, PlanError
-from fedseg.modelfile import load_model, save_model
+from fedseg.errors import DataError
+from fedseg.initial import initial_path, load_initial
+from fedseg.modelfile import save_model
 from fedseg.plan import InitialModel, StudyPlan, load_plan, parse_plan
+
+__all__ = ["EXAMPLES", "build", "example", "initial_path", "load_initial", "write_example"]
 
 _BLOCK = re.compile(r"^(# Written by `fedseg plan build`.*\n)?initial:.*(\n[ \t].*|\n)*", re.M)
 _NOTE = "# Written by `fedseg plan build`: the model that the study starts from. Do not edit.\n"
-
 
 EXAMPLES = ("mr-3d", "ct-2d")
 
@@ -26,11 +26,6 @@ EXAMPLES = ("mr-3d", "ct-2d")
 def example(name: str = "mr-3d") -> str:
     """The text of a commented example plan; `mr-3d` or `ct-2d`."""
     return (files("fedseg") / "plans" / f"{name}.yaml").read_text(encoding="utf-8")
-
-
-def initial_path(plan: Path) -> Path:
-    """Where the initial model of a plan file lies: study.yaml -> study.initial.safetensors."""
-    return plan.with_name(plan.stem + ".initial.safetensors")
 
 
 def build(path: Path) -> StudyPlan:
@@ -49,24 +44,6 @@ def build(path: Path) -> StudyPlan:
     save_model(initial_path(path), plan, tensors, arm="initial", rounds=0)
     write_atomically(path, text.encode())
     return plan
-
-
-def load_initial(path: Path) -> dict[str, NDArray[Any]] | None:
-    """The initial model beside a plan file, or None where there is none.
-
-    Raises:
-        PlanError: the model there is not the one that the plan names.
-    """
-    plan = load_plan(path)
-    if plan.initial is None or not initial_path(path).exists():
-        return None
-    header, tensors = load_model(initial_path(path))
-    if header.model_digest != plan.initial.digest:
-        raise PlanError(
-            f"{initial_path(path).name} is not the model that the plan names: "
-            "run `fedseg plan build` again, or bring the right file"
-        )
-    return tensors
 
 
 def write_example(path: Path, text: str) -> None:

@@ -10,9 +10,9 @@ from small_plans import built_plan, tiny_model
 
 from coordinator.folder import StudyFolder, new_settings
 from coordinator.founding import found, stamp
+from fedseg.initial import initial_path
 from fedseg.modelfile import save_model
 from fedseg.plan import StudyPlan
-from fedseg.planfile import initial_path
 from fedseg.security.identity import SiteIdentity, make_request
 from fedseg.security.keys import ReceivingKey, SigningKey, load_signing_key
 from fedseg.security.nodekeys import make_node_key

@@ -30,8 +30,8 @@ from coordinator.founding import ROLL_DAYS, found, stamp, study_fingerprint
 from fedseg.arrays import digest_of
 from fedseg.chain import verify_chain
 from fedseg.errors import DataError, FedsegError, PlanError, StorageError, TrustError
+from fedseg.initial import initial_path
 from fedseg.modelfile import load_model, save_model
-from fedseg.planfile import initial_path
 from fedseg.security.certificates import check_issued, expiry, hosts_of
 from fedseg.security.identity import open_bundle
 from fedseg.security.keys import is_encrypted, load_signing_key
