@@ -1,0 +1,111 @@
+"""A site's folder: its names, its modes, and files that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from small_sites import member
+
+from fedseg.errors import DataError, StorageError
+from sites.folder import Link, SiteFolder, SiteRecord, make_folder, read_note, write_note
+
+
+def test_a_study_cannot_be_named_out_of_its_folder(tmp_path: Path) -> None:
+    folder = SiteFolder(tmp_path)
+    for name in ("../x", "a/b", "", ".", "..", "A", "x" * 65, "a\n"):
+        with pytest.raises(DataError, match="small letters"):
+            folder.study(name)
+        with pytest.raises(DataError, match="small letters"):
+            folder.relay_of(name)
+        with pytest.raises(DataError, match="small letters"):
+            folder.model(name)
+
+
+def test_a_folder_without_site_json_is_no_site(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="fedseg-site init"):
+        SiteFolder(tmp_path).record  # noqa: B018
+
+
+def test_private_folders_and_files_are_the_owners_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        one = member(tmp_path)
+        one.join()
+    finally:
+        os.umask(before)
+    modes = {
+        str(path.relative_to(one.folder.path)): stat.S_IMODE(path.stat().st_mode)
+        for path in one.folder.path.rglob("*")
+    }
+    open_to_others = {name for name, mode in modes.items() if mode & 0o007}
+    assert open_to_others == {
+        *("site.json", "request.json", "policy.yaml"),
+        *("relay/node.pub", "relay/tiny/ca.crt"),
+    }
+    keys = ("trainer/signing.key", "trainer/receiving.key", "relay/node.key")
+    assert {modes[name] for name in keys} == {0o600}
+    assert {modes[name] for name in ("trainer", "relay", "studies", "cache", "models")} == {0o700}
+
+
+def test_a_wider_folder_is_narrowed_and_a_narrower_one_left(tmp_path: Path) -> None:
+    wide, narrow = tmp_path / "wide", tmp_path / "narrow"
+    wide.mkdir()
+    wide.chmod(0o755)
+    narrow.mkdir()
+    narrow.chmod(0o500)
+    make_folder(wide)
+    make_folder(narrow, 0o750)
+    assert stat.S_IMODE(wide.stat().st_mode) == 0o700
+    assert stat.S_IMODE(narrow.stat().st_mode) == 0o500
+
+
+def test_a_note_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "site.json"
+    write_note(path, SiteRecord(name="a", created="now"))
+    before = path.read_bytes()
+    (tmp_path / "site.json.part").mkdir()  # so that the draft cannot be written
+    with pytest.raises(StorageError):
+        write_note(path, SiteRecord(name="b", created="now"))
+    assert path.read_bytes() == before
+
+
+def test_a_damaged_note_names_the_file_and_not_its_content(tmp_path: Path) -> None:
+    path = tmp_path / "site.json"
+    path.write_text('{"name": "secret thing", "created": "now"}')
+    with pytest.raises(DataError, match=r"site\.json is damaged") as caught:
+        read_note(path, SiteRecord)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_link_gives_the_trainers_socket_as_an_absolute_path(tmp_path: Path) -> None:
+    folder = SiteFolder(tmp_path)
+    for trainer, found in (
+        ("unix:run/trainer.sock", f"unix:{folder.socket}"),
+        ("unix:/run/fedseg.sock", "unix:/run/fedseg.sock"),
+        ("127.0.0.1:9000", "127.0.0.1:9000"),
+    ):
+        link = Link(study="tiny", address="h:443", trainer=trainer, port=20000)
+        write_note(folder.link("tiny"), link)
+        assert folder.link_of("tiny").trainer == found
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as others")
+def test_root_writes_as_the_owner_of_the_folder_and_through_no_link(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    for parent in tmp_path.parents[:2]:
+        parent.chmod(parent.stat().st_mode | 0o011)
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    theirs.mkdir()
+    os.chown(theirs, 65534, 65534)
+    ours.write_text("precious")
+    (theirs / "link.json.part").symlink_to(ours)
+    with pytest.raises(StorageError):
+        write_note(theirs / "link.json", b"evil")
+    assert ours.read_text() == "precious"
+    write_note(theirs / "other.json", b"fine")
+    made = make_folder(theirs / "study")
+    assert (theirs / "other.json").stat().st_uid == made.stat().st_uid == 65534
+    assert os.geteuid() == 0
