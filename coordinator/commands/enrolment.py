@@ -30,8 +30,8 @@ def enrol(
 ) -> None:
     """Enrol a site once its fingerprint was compared by telephone; writes bundles/SITE.json.
 
-    Enrolling the same request again writes the site's bundle anew. Sites that are enrolled already
-    get the new list of sites with their next round, and ask their people to approve the newcomer.
+    Enrolling the same request again writes the site's bundle anew. Sites that have joined already
+    get the new list of sites by themselves, and ask their people to approve the newcomer.
     """
     from coordinator.enrolment import current_roll, refuse_clash, register
     from coordinator.folder import open_study
@@ -81,8 +81,8 @@ def renew(study: StudyPath = Path()) -> None:
     key, secret = unlocked(folder)
     renew_all(folder, key, now, secret)
     typer.echo(
-        f"The roll is valid until {valid_until(folder):%Y-%m-%d}; sites get it with their next "
-        "round. The new certificate is used once `fedseg-coordinator run` is started again."
+        f"The roll is valid until {valid_until(folder):%Y-%m-%d}; sites get it when they enlist "
+        "next. A running coordinator takes the new certificate by itself."
     )
     _warn(warnings(folder, now))
 
