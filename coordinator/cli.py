@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from coordinator.commands import audit, enrolment, founding
+from coordinator.commands import audit, enrolment, founding, running
 from coordinator.dashboard import command as dashboard
 from fedseg.shell import run
 

@@ -209,6 +209,11 @@ class StudyFolder:
         return self.run / "daemon.pid"
 
     @property
+    def daemon_report(self) -> Path:
+        """How the daemon's programs and the sites' nodes do, for `status`."""
+        return self.run / "daemon.json"
+
+    @property
     def study_lock(self) -> Path:
         """Held by the one ServerApp that works on the study; holds its process id."""
         return self.run / "study.lock"

@@ -44,6 +44,7 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
+from coordinator.app import STUDY_VARIABLE
 from coordinator.folder import Settings, StudyFolder
 from fedseg.container import write_atomically
 from fedseg.errors import FedsegError
@@ -52,7 +53,6 @@ from fedseg.shell import PASSPHRASE_FILE
 
 HOST = "127.0.0.1"
 CONNECTION = "study"
-STUDY_VARIABLE = "FEDSEG_STUDY"
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -203,10 +203,11 @@ class SuperLink:
 
     def ended(self, run: int) -> str | None:
         """How a run ended, in Flower's words; None while it has not."""
-        runs = self._ask("ListRuns", ListRunsRequest(run_id=run)).run_dict
-        if run not in runs:
+        unknown = (ApiErrorCode.RUN_ID_NOT_FOUND,)
+        found = self._ask("ListRuns", ListRunsRequest(run_id=run), fine=unknown)
+        if found is None:
             return "unknown to the SuperLink"
-        status = runs[run].status
+        status = found.run_dict[run].status
         ended = status.status == "finished"
         return f"{status.sub_status} {status.details}".strip() if ended else None
 
@@ -214,6 +215,14 @@ class SuperLink:
         """End a run and forget its messages; one that has ended already stays so."""
         fine = (ApiErrorCode.RUN_ALREADY_FINISHED, ApiErrorCode.RUN_ID_NOT_FOUND)
         self._ask("StopRun", StopRunRequest(run_id=run), fine=fine)
+
+    def stop_all(self) -> int:
+        """End every run that has not; how many there were."""
+        runs = self._ask("ListRuns", ListRunsRequest()).run_dict
+        left = [run for run, seen in runs.items() if seen.status.status != "finished"]
+        for run in left:
+            self.stop(run)
+        return len(left)
 
     def _ask(self, method: str, request: object, fine: tuple[int, ...] = ()) -> Any:
         """One call; an error of a code that is fine is none, and there is no reply then.

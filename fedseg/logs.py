@@ -9,20 +9,38 @@ from __future__ import annotations
 import json
 import logging
 from datetime import UTC, datetime
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
 from typing import Any, TextIO
 
 FIELDS = "fields"
+_LONGEST = 32_000_000
+_TALKATIVE = ("httpx", "httpcore")  # a line a request
 
 
-def configure(stream: TextIO, level: int = logging.INFO) -> None:
-    """Have every logger of this process write to a stream: JSON unless it is a terminal."""
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(_PlainLines() if stream.isatty() else _JsonLines())
+def configure(
+    stream: TextIO | None, *, also: Path | None = None, level: int = logging.INFO
+) -> None:
+    """Have every logger of this process write to a stream: JSON unless it is a terminal.
+
+    Args:
+        stream: None writes to the file alone.
+        also: a file for the same as JSON; it is cut at 32 MB, one older file is kept.
+    """
     root = logging.getLogger()
     for old in list(root.handlers):
         root.removeHandler(old)
-    root.addHandler(handler)
+    if stream is not None:
+        spoken = logging.StreamHandler(stream)
+        spoken.setFormatter(_PlainLines() if stream.isatty() else _JsonLines())
+        root.addHandler(spoken)
+    if also is not None:
+        kept = RotatingFileHandler(also, maxBytes=_LONGEST, backupCount=1, encoding="utf-8")
+        kept.setFormatter(_JsonLines())
+        root.addHandler(kept)
     root.setLevel(level)
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 class _JsonLines(logging.Formatter):

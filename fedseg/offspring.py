@@ -60,13 +60,13 @@ def strays(keeper: str, lives: Collection[str]) -> list[int]:
     ]
 
 
-def end_strays(keeper: str, lives: Collection[str]) -> int:
-    """Kill the strays of a keeper; how many there were. They start no others: look again."""
+def end_strays(keeper: str, lives: Collection[str]) -> list[int]:
+    """Kill the strays of a keeper, and say who they were. One may just have started: look again."""
     found = strays(keeper, lives)
     for pid in found:
         with suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
-    return len(found)
+    return found
 
 
 def reap_adopted(known: Collection[int]) -> None:

@@ -31,12 +31,12 @@ from fedseg.offspring import (
     end_strays,
     mark_of,
     reap_adopted,
-    strays,
 )
 
 LONGEST_LOG_BYTES = 32_000_000
 STOP_GRACE_S = 10.0
 _TURN_S = 0.02
+_SWEEPS = 2
 
 Kind = Literal["started", "ready", "ended", "stopped", "strays"]
 
@@ -120,7 +120,8 @@ class Supervisor:
         self._observe, self._clock = observe, clock
         self._keeper = keeper or secrets.token_hex(16)
         self._lives: dict[str, _Life] = {}
-        self._sweep = True
+        self._sweeps = _SWEEPS
+        self._ended_strays: set[int] = set()
         adopt_orphans()
         for program in programs:
             self._add(program)
@@ -132,7 +133,7 @@ class Supervisor:
             self._turn(life, now)
         self._end_strays()
         for life in list(self._lives.values()):
-            if life.due(now):
+            if life.due(now) and not self._sweeps:
                 self._start(life, now)
 
     def start(self, name: str) -> None:
@@ -182,8 +183,8 @@ class Supervisor:
             while self._lives[name].process is not None:
                 self._turn(self._lives[name], self._clock())
                 time.sleep(_TURN_S)
-        self._sweep = True
-        while self._sweep:
+        self._sweeps = _SWEEPS
+        while self._sweeps:
             self._end_strays()
             time.sleep(_TURN_S)
 
@@ -234,7 +235,7 @@ class Supervisor:
         life.failures += 0 if asked or said else 1
         life.process, life.kill_at, life.mark = None, None, None
         life.become(now, last_exit=status)
-        self._sweep = True
+        self._sweeps = _SWEEPS
         wait = 0.0 if asked else life.wait()
         life.next_start = now + wait
         if asked and not life.wanted:
@@ -247,17 +248,18 @@ class Supervisor:
             del self._lives[life.program.name]
 
     def _end_strays(self) -> None:
-        """End what dead programs left behind, and look again until nothing is."""
-        if not self._sweep:
+        """End what dead programs left behind; nothing is started until two looks found nothing."""
+        if not self._sweeps:
             return
         lives = [life.mark for life in self._lives.values() if life.mark]
-        count = end_strays(self._keeper, lives)
+        found = set(end_strays(self._keeper, lives))
         known = [life.process.pid for life in self._lives.values() if life.process is not None]
         reap_adopted(known)
-        self._sweep = bool(strays(self._keeper, lives)) if count else False
-        if count:
-            detail = f"{count} processes of an earlier life were ended"
+        self._sweeps = _SWEEPS if found else self._sweeps - 1
+        if found - self._ended_strays:
+            detail = f"{len(found - self._ended_strays)} processes of an earlier life were ended"
             self._observe(Happening("", "strays", detail))
+        self._ended_strays = found
 
     def _tell(self, life: _Life, kind: Kind, detail: str, **facts: object) -> None:
         """Tell the observer."""

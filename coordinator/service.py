@@ -1,0 +1,78 @@
+"""The study's run: what the ServerApp does from its start to its end, or until it is killed.
+
+One ServerApp works on a study, held by a lock; it goes on from the checkpoint and stores a state
+after every stage, so it may be killed at any moment. Once all rounds are closed it writes the
+released model, and stays until every enrolled site has it.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from flwr.serverapp import Grid
+
+from coordinator.enrolment import current_roll
+from coordinator.folder import StudyFolder
+from coordinator.rounds import Study
+from coordinator.superlink import SuperLink
+from coordinator.unattended import audit_of, unattended_key
+from coordinator.witness import Witness
+from fedseg.aggregation.checkpoint import load_state
+from fedseg.aggregation.rounds import StudyState, first_state, fresh_attempts
+from fedseg.errors import FedsegError
+from fedseg.logs import configure
+from fedseg.modelfile import load_model, save_model
+from fedseg.plan import StudyPlan
+from fedseg.sole import sole
+
+logger = logging.getLogger(__name__)
+
+TAKE_OVER_S = 10.0
+
+
+def serve(grid: Grid, folder: StudyFolder) -> None:
+    """Run a study to its end.
+
+    Raises:
+        BusyError: another ServerApp works on it.
+        FedsegError: the study cannot go on; the reason is in its log and its progress.
+    """
+    configure(None, also=folder.log("study"))
+    with sole(folder.study_lock, "a run works on this study", patience_s=TAKE_OVER_S):
+        try:
+            _serve(grid, folder)
+        except FedsegError as error:
+            logger.error("the run ends: %s", error)
+            raise
+        except Exception:
+            logger.exception("the run ends over an error of ours")
+            raise
+
+
+def _serve(grid: Grid, folder: StudyFolder) -> None:
+    """Go on from the stored state."""
+    key, plan = unattended_key(folder), folder.plan()
+    state = starting_state(folder, plan)
+    sites = tuple(site.name for site in current_roll(folder).roll.sites)
+    witness = Witness(folder, plan, state, audit_of(folder, key), sites=sites)
+    with witness.presence(SuperLink(folder, folder.settings())):
+        try:
+            witness.heed_pause()
+            study = Study(grid, plan, witness, nodes=len(sites), observe=witness)
+            state = study.run(state)
+        except FedsegError as error:
+            witness.failed(str(error))
+            raise
+        model = state.server.released(plan.aggregation)
+        save_model(folder.model, plan, model, arm="federated", rounds=state.server.steps)
+
+
+def starting_state(folder: StudyFolder, plan: StudyPlan) -> StudyState:
+    """The stored state, or the first one; a stage that used up its attempts gets them back.
+
+    Raises:
+        FedsegError: checkpoint or initial model are damaged, or of another plan.
+    """
+    if folder.checkpoint.exists():
+        return fresh_attempts(load_state(folder.checkpoint, plan), plan)
+    return first_state(plan, load_model(folder.initial)[1])

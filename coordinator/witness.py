@@ -1,0 +1,135 @@
+"""Who watches a run from inside: checkpoint, progress and audit are kept, and a pause is heeded.
+
+The round loop tells it of every event and gives it every state. It may wait in `__call__` after a
+stage is closed, which is how a pause works: nothing is open then, and nothing is lost by a kill.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from coordinator.events import Event, SiteAnswered, SiteFailed, StageClosed, StageOpened
+from coordinator.folder import StudyFolder
+from coordinator.progress import Phase
+from coordinator.superlink import SuperLink, SuperLinkError
+from coordinator.watch import Watch
+from fedseg.aggregation.checkpoint import save_state
+from fedseg.aggregation.rounds import StudyState
+from fedseg.chain import Chain, Fact
+from fedseg.logs import FIELDS
+from fedseg.plan import StudyPlan
+from fedseg.result import StageRecord
+
+logger = logging.getLogger(__name__)
+
+MAX_REASON = 400
+PAUSE_S = 0.5
+PRESENCE_S = 10.0
+
+
+class Witness:
+    """Store and observer of one run."""
+
+    def __init__(
+        self,
+        folder: StudyFolder,
+        plan: StudyPlan,
+        state: StudyState,
+        chain: Chain,
+        *,
+        sites: tuple[str, ...],
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._folder, self._plan, self._chain, self._sleep = folder, plan, chain, sleep
+        self._lock = threading.Lock()
+        self._watch = Watch(folder.progress, plan, state, sites=sites)
+
+    def save(self, state: StudyState) -> None:
+        """Keep a state: on disk first, then it is told."""
+        save_state(self._folder.checkpoint, self._plan, state)
+        with self._lock:
+            self._watch.stored(state)
+
+    def __call__(self, event: Event) -> None:
+        """Record an event; wait where the study is paused and a stage was closed."""
+        self._record(event)
+        with self._lock:
+            self._watch(event)
+        if isinstance(event, StageClosed) and event.record.stage != "release":
+            self.heed_pause()
+
+    def heed_pause(self) -> None:
+        """Wait while the study is paused."""
+        if not self._folder.paused.exists():
+            return
+        logger.info("the study is paused")
+        self._say("paused")
+        while self._folder.paused.exists():
+            self._sleep(PAUSE_S)
+        logger.info("the study goes on")
+        self._say("running")
+
+    def failed(self, reason: str) -> None:
+        """The run ends without the study being finished."""
+        self._say("failed", reason)
+
+    @contextmanager
+    def presence(self, superlink: SuperLink) -> Iterator[None]:
+        """Meanwhile note every few seconds which sites are on line."""
+        over = threading.Event()
+        thread = threading.Thread(target=self._look, args=(superlink, over), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join(timeout=PRESENCE_S)
+
+    def _look(self, superlink: SuperLink, over: threading.Event) -> None:
+        """Ask the SuperLink who is on line until the run is over."""
+        while True:
+            try:
+                here = [node.name for node in superlink.nodes() if node.online]
+                with self._lock:
+                    self._watch.online(here)
+            except SuperLinkError as error:
+                logger.warning("nobody knows who is on line: %s", error)
+            if over.wait(PRESENCE_S):
+                return
+
+    def _say(self, phase: Phase, note: str = "") -> None:
+        """Tell whoever looks at the progress."""
+        with self._lock:
+            self._watch.say(phase, note)
+
+    def _record(self, event: Event) -> None:
+        """What an event leaves in audit and log."""
+        match event:
+            case StageOpened():
+                self._note("task_sent", event, attempt=event.attempt, nodes=event.nodes)
+            case SiteAnswered():
+                answer = event.answer
+                self._note("answer_received", event, site=answer.site, bytes=answer.bytes_up)
+            case SiteFailed():
+                site, code = event.failure.site, event.failure.code
+                reason = event.failure.reason[:MAX_REASON]
+                self._note("answer_refused", event, site=site, code=code, reason=reason)
+            case StageClosed():
+                record = event.record
+                fields = {"round": record.round, "answers": len(record.answers)}
+                logger.info("%s is closed", record.stage, extra={FIELDS: fields})
+                if record.stage == "release":
+                    sites = [answer.site for answer in record.answers]
+                    self._note("released", record, sites=sites)
+
+    def _note(
+        self, what: str, of: StageOpened | SiteAnswered | SiteFailed | StageRecord, **facts: Fact
+    ) -> None:
+        """One entry of the audit and one line of the log."""
+        known: dict[str, Fact] = {"round": of.round, "stage": of.stage, **facts}
+        self._chain.append(what, study=self._plan.study, **known)
+        logger.info("%s", what.replace("_", " "), extra={FIELDS: known})
