@@ -27,6 +27,14 @@ app.command("dashboard", epilog=dashboard.EPILOG)(dashboard.dashboard)
 app.add_typer(audit.audit, name="audit")
 app.add_typer(audit.backup, name="backup")
 
+app.command("run", epilog=running.RUN_EPILOG)(running.run)
+app.command("status", epilog=running.STATUS_EPILOG)(running.status)
+app.command("pause", epilog=running.PAUSE_EPILOG)(running.pause)
+app.command("resume", epilog=running.RESUME_EPILOG)(running.resume)
+app.command("stop", epilog=running.STOP_EPILOG)(running.stop)
+app.command("logs", epilog=running.LOGS_EPILOG)(running.logs)
+app.command("proxy", epilog=running.PROXY_EPILOG)(running.proxy)
+
 
 @app.callback()
 def coordinator() -> None:
