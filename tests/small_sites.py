@@ -36,7 +36,7 @@ class Consortium:
         fields = {"sites": sorted(identities, key=lambda site: site.name), "valid_until": FAR}
         return roll_of(version=version, **{**fields, **changes})
 
-    def bundle(self, path: Path, roll: Roll, **changes: Any) -> Path:
+    def bundle(self, path: Path, roll: Roll, /, **changes: Any) -> Path:
         """A bundle file."""
         fields: dict[str, Any] = {
             "site": "hospital_a",
@@ -92,9 +92,10 @@ def data_of(root: Path, *names: str, site: str = "hospital_a", table: bool = Tru
     """A data folder of small labelled images, two thirds of the patients to train on."""
     import nibabel
 
+    root.mkdir(parents=True, exist_ok=True)
     rows = ["subject,site,split,patient"]
     for i, name in enumerate(names):
-        rng = np.random.default_rng(sum(name.encode()))
+        rng = np.random.default_rng(int.from_bytes(name.encode(), "big"))
         image = rng.normal(100, 20, (10, 11, 12)).astype(np.float32)
         label = np.zeros(image.shape, np.uint8)
         label[2 + i % 3 : 5 + i % 3, 2:6, 3:7], label[6:9, 3:7, 3 + i % 4 : 8] = 1, 2
