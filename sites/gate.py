@@ -47,6 +47,7 @@ from sites.approval import Approval, approved
 from sites.chronicle import Chronicle
 from sites.enrolment import pinned_bundle
 from sites.folder import SiteFolder, make_folder
+from sites.journal import Journal
 from sites.policy import authorise, load_policy
 from sites.rolls import RosterError, accepted_roll, require_accepted, take_roll
 
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+JOURNAL = "journal.jsonl"
 FREE_STAGES = frozenset({"enlist", "release"})
 Answer = Path | bytes
 MakeTrainer = Callable[[SiteFolder, str, StudyPlan], "Trainer"]
@@ -237,8 +239,15 @@ class Gate:
         answer = self._trainer[1].handle(task)
         body = peek(answer, AnswerHeader, max_bytes=self._limit).body
         if body.kind == "refused":
-            raise _TrainerRefusedError(body.code)
+            raise _TrainerRefusedError(body.code, self._reason(body.code))
         return answer
+
+    def _reason(self, code: RefusalCode) -> str:
+        """Why the trainer refused, from its journal; what nobody foresaw may name a path."""
+        refusals = Journal(self._folder.work(self._study) / JOURNAL).read("refused")
+        if code == "failed" or not refusals:
+            return "the trainer failed: its journal has the reason"
+        return str(refusals[-1]["reason"])
 
     def _seal(
         self, slot: Slot, name: str, header: EnvelopeHeader, plain: bytes, facts: dict[str, Any]
@@ -282,10 +291,10 @@ class Gate:
 
 
 class _TrainerRefusedError(FedsegError):
-    """The trainer refused; its own journal has the reason."""
+    """The trainer refused."""
 
-    def __init__(self, code: RefusalCode) -> None:
-        super().__init__("the trainer refused or failed: its journal has the reason")
+    def __init__(self, code: RefusalCode, reason: str) -> None:
+        super().__init__(reason)
         self.code = code
 
 

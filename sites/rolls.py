@@ -67,7 +67,6 @@ def take_roll(
         offered: as it came; unverified.
         key: the study's pinned key.
         own: this site, which must be on the list.
-        approval: what the hospital approved, if it did.
         approval: what the hospital approved; before that, any list is taken, since approving
             shows it.
 

@@ -1,0 +1,160 @@
+"""The gate of a study, with real keys, envelopes and a trainer that trains on phantoms."""
+
+from __future__ import annotations
+
+import shutil
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from small_hospitals import NOW, Hospital, approved, hospital, phantoms
+from small_parties import Party
+
+from fedseg.security.keys import ReceivingKey
+from fedseg.updates import open_answer, task_digest
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return phantoms(tmp_path_factory.mktemp("phantoms"))
+
+
+@pytest.fixture(scope="module")
+def founded(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Hospital:
+    return hospital(tmp_path_factory.mktemp("founded") / "site", data)
+
+
+@pytest.fixture
+def site(founded: Hospital, tmp_path: Path) -> Hospital:
+    """A hospital that has answered nothing yet."""
+    copy = type(founded.folder)(tmp_path / "site")
+    shutil.copytree(founded.folder.path, copy.path)
+    return Hospital(copy, founded.consortium, founded.roll, founded.own)
+
+
+def test_a_study_from_enlisting_to_the_final_model(site: Hospital) -> None:
+    gate = site.gate()
+    said = [
+        site.said(site.ask(site.task(stage, round_), gate)).body.kind
+        for stage, round_ in (("enlist", 0), ("train", 1), ("evaluate", 2), ("release", 3))
+    ]
+    assert said == ["enlist", "train", "evaluate", "release"]
+    assert site.folder.model("tiny").exists()
+    assert [e.facts["stage"] for e in site.audited("answered")] == said
+    assert len(site.audited("task_received")) == 4
+    assert len(site.audited("released")) == 1
+    assert list(site.folder.spool("tiny").iterdir()) == []
+
+
+def test_an_answer_is_the_one_that_the_coordinator_can_fold(site: Hospital) -> None:
+    plain = site.consortium.plain("train", 1)
+    answer = site.consortium.read(site.ask(site.task(plain=plain)), site.own)
+    about = task_digest(plain)
+    _, delta = open_answer(
+        answer, site.consortium.plan, task=about, stage="train", site="hospital_a"
+    )
+    assert delta.keys() == site.consortium.model.keys()
+
+
+def test_a_repeated_task_gets_the_same_bytes_and_trains_nothing(site: Hospital) -> None:
+    envelope = site.task()
+    first = site.ask(envelope)
+    assert isinstance(first, Path)
+    before = first.read_bytes()
+    for gate in (site.gate(), site.gate()):
+        again = site.ask(envelope, gate)
+        assert isinstance(again, Path)
+        assert again.read_bytes() == before
+    assert site.trained == 1
+    assert len(site.audited("answered")) == 1
+    assert len(site.audited("repeated")) == 2
+
+
+def test_a_lost_receiving_key_gets_the_same_answer_under_a_new_one(site: Hospital) -> None:
+    first = site.consortium.read(site.ask(site.task()), site.own)
+    new = ReceivingKey.generate()
+    again = site.ask(site.task(reply_to=new.public))
+    assert site.consortium.read(again, site.own, new) == first
+    assert site.trained == 1
+
+
+def test_a_second_attempt_is_worked_on_and_a_third_is_not(site: Hospital) -> None:
+    gate = site.gate()
+    for attempt in (1, 2):
+        plain = site.consortium.plain("train", 1, attempt=attempt)
+        assert site.said(site.ask(site.task(plain=plain), gate)).body.kind == "train"
+    other = {name: array + 1 for name, array in site.consortium.model.items()}
+    plain = site.consortium.plain("train", 1, other)
+    assert site.code(site.ask(site.task(plain=plain), gate)) == "task"
+    assert site.trained == 2
+    assert "attempts" in str(site.audited("refused")[-1].facts["reason"])
+
+
+def test_a_site_that_left_is_taken_from_the_list_and_a_new_one_waits(
+    site: Hospital, data: Path
+) -> None:
+    consortium, other = site.consortium, Party("hospital_b").identity
+    more = consortium.roll(site.own, other, version=2)
+    plain = consortium.plain("enlist", 0, roll=more)
+    assert site.code(site.ask(site.task(plain=plain, under=more))) == "roster"
+    assert site.folder.offered_roll("tiny").exists()
+    assert site.said(site.ask(site.task())).body.kind == "train"  # the old list still counts
+    approved(site.folder, consortium, data)
+    assert not site.folder.offered_roll("tiny").exists()
+    assert site.said(site.ask(site.task(plain=plain, under=more))).body.kind == "enlist"
+    assert site.code(site.ask(site.task())) == "roster"
+    fewer = consortium.roll(site.own, version=3)
+    plain = consortium.plain("enlist", 0, roll=fewer)
+    assert site.said(site.ask(site.task(plain=plain, under=fewer))).body.kind == "enlist"
+    older = consortium.plain("enlist", 0, roll=more)
+    assert site.code(site.ask(site.task(plain=older, under=more))) == "roster"
+
+
+def test_later_sites_need_no_approval_where_the_approval_says_so(
+    site: Hospital, data: Path
+) -> None:
+    approved(site.folder, site.consortium, data, later=True)
+    more = site.consortium.roll(site.own, Party("hospital_b").identity, version=2)
+    plain = site.consortium.plain("enlist", 0, roll=more)
+    assert site.said(site.ask(site.task(plain=plain, under=more))).body.kind == "enlist"
+    assert site.said(site.ask(site.task(under=more))).body.kind == "train"
+
+
+def test_enlisting_again_says_what_was_approved_since(site: Hospital, tmp_path: Path) -> None:
+    envelope, gate = site.task("enlist", 0), site.gate()
+    first = site.ask(envelope, gate)
+    assert site.ask(envelope, gate) == first
+    more = phantoms(tmp_path / "more", patients=4)
+    approved(site.folder, site.consortium, more)
+    body = site.said(site.ask(envelope, gate)).body
+    assert body.kind == "enlist"
+    assert body.patients["train"] == 2
+    assert len(site.audited("answered")) == 2
+
+
+def test_data_that_changed_since_the_approval_are_not_trained_on(
+    site: Hospital, tmp_path: Path
+) -> None:
+    own = phantoms(tmp_path / "own")
+    approved(site.folder, site.consortium, own)
+    table = own / "sites.csv"
+    table.write_text(table.read_text().replace(",val,", ",train,"))
+    assert site.code(site.ask(site.task())) == "data"
+    assert site.trained == 0
+    assert "changed since" in str(site.audited("refused")[0].facts["reason"])
+
+
+def test_a_policy_that_is_tightened_counts_from_the_next_task_on(site: Hospital) -> None:
+    gate = site.gate()
+    assert site.said(site.ask(site.task(), gate)).body.kind == "train"
+    site.folder.policy.write_text("privacy_none: false\n")
+    assert site.code(site.ask(site.task(round_=2), gate)) == "plan"
+    site.folder.policy.write_text("privacy_none: maybe\n")
+    assert site.code(site.ask(site.task(round_=2), gate)) == "data"
+    assert site.trained == 1
+
+
+def test_an_expired_list_of_sites_is_refused(site: Hospital) -> None:
+    site.now = NOW + timedelta(days=366)
+    assert site.code(site.ask(site.task())) == "roster"
+    assert "expired" in str(site.audited("refused")[0].facts["reason"])
