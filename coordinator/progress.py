@@ -17,7 +17,7 @@ from fedseg.errors import TrustError
 from fedseg.plan import Frozen, StudyPlan
 
 MAX_BYTES = 256_000_000
-Phase = Literal["waiting", "running", "paused", "stopped", "failed", "finished"]
+Phase = Literal["waiting", "running", "paused", "failed", "finished"]
 
 
 class Checkpoint(Frozen):

@@ -112,7 +112,7 @@ class Watch:
         self._write()
 
     def say(self, phase: Phase, note: str = "") -> None:
-        """The study was paused, resumed, stopped, or failed; a note says why."""
+        """The study was paused, goes on, or failed; a note says why."""
         self._phase, self._note = phase, note
         self._write()
 

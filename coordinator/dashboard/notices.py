@@ -20,7 +20,8 @@ class Situation:
     """What the document cannot say of itself.
 
     Attributes:
-        working: does a program work on the study, or was one heard of lately?
+        working: does a run work on the study, or was one heard of lately?
+        daemon: does the coordinator's daemon run, which starts a run where none is?
         paused: was the study asked to pause?
         damaged: why the document could not be read.
         open_s: for how long the open stage has been open.
@@ -28,6 +29,7 @@ class Situation:
     """
 
     working: bool = True
+    daemon: bool = True
     paused: bool = False
     damaged: str = ""
     open_s: float = 0.0
@@ -58,14 +60,19 @@ def _standing(progress: Progress, situation: Situation) -> Iterator[Notice]:
     """Is anybody at work?"""
     if progress.phase == "failed":
         yield Notice("stop", "The study stopped.", progress.note)
-    elif not situation.working and progress.phase != "stopped":
-        yield Notice(
-            "stop",
-            "Nothing works on this study at the moment.",
-            "Start it again with `fedseg-coordinator run`; it goes on from the last checkpoint.",
-        )
+    elif not situation.working:
+        yield _nobody(situation.daemon)
     elif situation.paused and progress.phase != "paused":
         yield Notice("know", "The study pauses once the open stage is closed.")
+
+
+def _nobody(daemon: bool) -> Notice:
+    """No run works on the study."""
+    what = "Nothing works on this study at the moment."
+    if daemon:
+        return Notice("look", what, "The coordinator starts it again from the last checkpoint.")
+    remedy = "Start it with `fedseg-coordinator run`; it goes on from the last checkpoint."
+    return Notice("stop", what, remedy)
 
 
 def _stage(progress: Progress, situation: Situation) -> Iterator[Notice]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import cycle, groupby
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from coordinator.dashboard import words
 from coordinator.dashboard.charts import Chart, Curve
@@ -22,7 +23,7 @@ from coordinator.tally import FailureEntry, RoundValue, SiteProgress, StageProgr
 from fedseg.plan import StudyPlan
 
 LOOKS = 8
-MOST_ROUNDS = 12
+MOST_ROUNDS = 10
 MOST_FAILURES = 40
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -40,6 +41,22 @@ class FailureLine:
     at: str | None
 
 
+@dataclass(frozen=True)
+class RoundLine:
+    """All stages of one round; `answered` of `asked` hospitals in its last training."""
+
+    round: int
+    answered: int
+    asked: int
+    attempts: int
+    loss: float | None
+    dice: float | None
+    bytes_down: int
+    bytes_up: int
+    wall_s: float | None
+    closed: str | None
+
+
 def environment() -> Environment:
     """The templates, with everything escaped that is not markup of theirs."""
     made = Environment(
@@ -55,7 +72,7 @@ def environment() -> Environment:
         "moment": words.moment,
         "number": words.number,
         "count": words.count,
-        "spans": words.spans,
+        "coded": coded,
     }
     return made
 
@@ -71,10 +88,10 @@ def content(plan: StudyPlan, progress: Progress | None, situation: Situation) ->
         "plan": plan,
         "progress": progress,
         "notices": notices(progress, situation),
-        "stage_words": words.STAGES,
     }
     if progress is None:
         return shared | {"headline": "This study has not started yet", "lead": ""}
+    rounds = round_lines(progress.stages)[::-1]
     return shared | {
         "headline": words.headline(progress),
         "lead": words.answered_line(progress.open) if progress.open else progress.note,
@@ -83,8 +100,8 @@ def content(plan: StudyPlan, progress: Progress | None, situation: Situation) ->
         "now_of": {site.name: _doing(site, progress) for site in progress.sites},
         "looks": _looks(progress.sites),
         "charts": charts(progress),
-        "recent": tuple(reversed(progress.stages[-MOST_ROUNDS:])),
-        "older": tuple(reversed(progress.stages[:-MOST_ROUNDS])),
+        "recent": rounds[:MOST_ROUNDS],
+        "older": rounds[MOST_ROUNDS:],
         "failures": failure_lines(progress)[:MOST_FAILURES],
         "bytes_down": sum(stage.bytes_down for stage in progress.stages),
         "bytes_up": sum(stage.bytes_up for stage in progress.stages),
@@ -113,6 +130,21 @@ def charts(progress: Progress) -> tuple[Chart, ...]:
     return tuple(chart for chart in made if chart.curves)
 
 
+def round_lines(stages: Sequence[StageProgress]) -> tuple[RoundLine, ...]:
+    """Closed stages by round, in order; a round that is not over is there as far as it got."""
+    by_round: dict[int, list[StageProgress]] = {}
+    for stage in stages:
+        by_round.setdefault(stage.round, []).append(stage)
+    return tuple(_round_line(round_, own) for round_, own in sorted(by_round.items()))
+
+
+def coded(text: str) -> Markup:
+    """Text with `commands` between backticks, as markup."""
+    parts = text.split("`")
+    kinds = cycle((Markup("{}"), Markup("<code>{}</code>")))
+    return Markup("").join(kind.format(part) for kind, part in zip(kinds, parts, strict=False))
+
+
 def failure_lines(progress: Progress) -> tuple[FailureLine, ...]:
     """Failures with equal ones in one line, the latest first."""
     entries = [entry for stage in progress.stages for entry in _entries(stage)]
@@ -130,6 +162,25 @@ def failure_lines(progress: Progress) -> tuple[FailureLine, ...]:
         )
         lines.append((order[id(last)], line))
     return tuple(line for _, line in sorted(lines, key=lambda pair: -pair[0]))
+
+
+def _round_line(round_: int, stages: Sequence[StageProgress]) -> RoundLine:
+    """One round."""
+    main = next((s for s in reversed(stages) if s.stage == "train"), stages[-1])
+    times = [s.timing.wall_s for s in stages if s.timing.wall_s is not None]
+    loss, dice = _last(stages, "loss"), _last(stages, "dice")
+    return RoundLine(
+        round=round_,
+        answered=len(main.answered),
+        asked=len(main.answered) + len(main.failures),
+        attempts=main.attempt,
+        loss=loss[1] if loss else None,
+        dice=dice[1] if dice else None,
+        bytes_down=sum(s.bytes_down for s in stages),
+        bytes_up=sum(s.bytes_up for s in stages),
+        wall_s=sum(times) if times else None,
+        closed=stages[-1].timing.closed,
+    )
 
 
 def _entries(stage: StageProgress) -> Iterable[FailureEntry]:
@@ -189,4 +240,6 @@ def _doing(site: SiteProgress, progress: Progress) -> tuple[str, str]:
     failed = next((f for f in stage.failures if f.site == site.name), None)
     if failed:
         return "bad", words.code_words(failed.code)[0]
+    if site.sighting.online is False:
+        return "idle", "Waited for"
     return "busy", {"train": "Training", "evaluate": "Measuring"}.get(stage.stage, "Waited for")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from coordinator.expiry import warnings
 from coordinator.folder import StudyFolder
 from coordinator.progress import Progress, load_progress
 from fedseg.errors import FedsegError, TrustError
+from fedseg.sole import holder
 
-QUIET_S = 120.0
+QUIET_S = 60.0
 ENDING_EVERY_S = 600.0
 
 
@@ -50,6 +50,7 @@ class Reader:
         progress = self._seen.progress
         return progress, Situation(
             working=progress is None or self._working(progress),
+            daemon=holder(self._folder.daemon_pid) is not None,
             paused=self._folder.paused.exists(),
             damaged=self._seen.damaged,
             open_s=self._age(progress.open.since) if progress and progress.open else 0.0,
@@ -68,8 +69,9 @@ class Reader:
         return self._ending[1]
 
     def _working(self, progress: Progress) -> bool:
-        """Was there news lately, or does the process still live that holds the study?"""
-        return self._age(progress.updated) < QUIET_S or _alive(self._folder.study_lock)
+        """Was there news lately, or does a run still hold the study?"""
+        quiet = self._age(progress.updated) > QUIET_S
+        return not quiet or holder(self._folder.study_lock) is not None
 
     def _age(self, iso: str) -> float:
         """Seconds since a time of the document."""
@@ -82,14 +84,3 @@ def _stamp(path: Path) -> tuple[int, ...]:
         found = path.stat()
         return found.st_mtime_ns, found.st_size, found.st_ino
     return ()
-
-
-def _alive(lock: Path) -> bool:
-    """Does the process live whose id is in the lock?"""
-    try:
-        os.kill(int(lock.read_text()[:20]), 0)
-    except PermissionError:
-        return True
-    except (OSError, ValueError, OverflowError):
-        return False
-    return True

@@ -86,7 +86,7 @@ async def _given(request: Request) -> str:
         body += piece
         if len(body) > MAX_FORM_BYTES:
             return ""
-    return parse_qs(body.decode("ascii", "replace"), max_num_fields=4).get("token", [""])[0].strip()
+    return parse_qs(body.decode("ascii", "replace")).get("token", [""])[0].strip()
 
 
 def _tagged(request: Request, data: bytes, kind: str) -> Response:

@@ -56,8 +56,6 @@ def headline(progress: Progress) -> str:
         return "The study is finished"
     if progress.phase == "failed":
         return f"The study stopped after {progress.rounds_closed} of {total} rounds"
-    if progress.phase == "stopped":
-        return f"Switched off after {progress.rounds_closed} of {total} rounds"
     if progress.phase == "paused":
         return f"Paused after {progress.rounds_closed} of {total} rounds"
     if progress.open is None:

@@ -30,8 +30,8 @@ function keep(section) {
   const focused = document.activeElement;
   return {
     open: [...section.querySelectorAll("details[open]")].map((d) => d.id),
-    scrolled: [...section.querySelectorAll(".scroll")].map((s) => [s.scrollLeft, s.scrollTop]),
-    focus: section.contains(focused) ? [...section.querySelectorAll("summary, a, .scroll")].indexOf(focused) : -1,
+    scrolled: [...section.querySelectorAll(".scroll, .sideways")].map((s) => [s.scrollLeft, s.scrollTop]),
+    focus: section.contains(focused) ? [...section.querySelectorAll("summary, a, .scroll, .sideways")].indexOf(focused) : -1,
   };
 }
 
@@ -40,10 +40,10 @@ function restore(section, kept) {
     const details = document.getElementById(id);
     if (details) details.open = true;
   }
-  section.querySelectorAll(".scroll").forEach((s, i) => {
+  section.querySelectorAll(".scroll, .sideways").forEach((s, i) => {
     if (kept.scrolled[i]) [s.scrollLeft, s.scrollTop] = kept.scrolled[i];
   });
-  if (kept.focus >= 0) section.querySelectorAll("summary, a, .scroll")[kept.focus]?.focus({ preventScroll: true });
+  if (kept.focus >= 0) section.querySelectorAll("summary, a, .scroll, .sideways")[kept.focus]?.focus({ preventScroll: true });
 }
 
 const seen = new Map();
