@@ -16,6 +16,7 @@ from fedseg.errors import FedsegError
 from fedseg.security.keys import is_encrypted, load_receiving_key, load_signing_key
 from fedseg.security.nodekeys import public_line
 from fedseg.shell import passphrase
+from fedseg.sole import holder
 from sites.checkup.verdict import Verdict, fail, warn, well
 from sites.client import Door, status
 from sites.folder import SiteFolder
@@ -108,13 +109,12 @@ def daemon(folder: SiteFolder) -> Verdict:
         "start it: `fedseg-site run SITEDIR`, or the services of both halves",
     )
     try:
-        pid = int(folder.pid.read_text("ascii").split()[0])
-        os.kill(pid, 0)
+        pid = holder(folder.pid)
     except PermissionError:
-        return well(subject, "runs, as another user")
-    except (OSError, ValueError, IndexError):
-        if folder.socket.exists():
-            return well(subject, "none, and the trainer is run by other means")
+        return well(subject, "another user's; `fedseg-site status` as that user says more")
+    if pid is None and folder.socket.exists():
+        return well(subject, "none: the trainer runs as a service of its own")
+    if pid is None:
         return warn(subject, "does not run", remedy)
     if folder.paused.exists():
         return warn(subject, "runs, but the site is paused", "`fedseg-site resume` goes on")
@@ -151,13 +151,13 @@ def _problem_with(folder: SiteFolder, door: os.stat_result) -> Verdict | None:
         return fail(
             subject,
             "every user of this machine may ask the trainer",
-            "restart the trainer: it makes its socket for its owner, or with --group for a group",
+            "restart the trainer: it makes its socket for its owner, or with --socket-group for a group",
         )
     if not _relay_may(folder, door):
         return fail(
             subject,
             "the relay's user may not use it",
-            "put the relay's user into a group, and start the trainer with --group and that name",
+            "put the relay's user into a group, and start the trainer with --socket-group",
         )
     return None
 
