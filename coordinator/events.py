@@ -1,4 +1,4 @@
-"""What a running study tells whoever watches it: a terminal, a dashboard, a log."""
+"""What a running study tells whoever watches it: a terminal, a dashboard, a log, the audit."""
 
 from __future__ import annotations
 
@@ -11,21 +11,29 @@ from fedseg.updates import StageName
 
 @dataclass(frozen=True)
 class StageOpened:
-    """A stage's task goes out to this many nodes."""
+    """A stage's task is stored and goes out to this many nodes.
+
+    Attributes:
+        digest: of the task, as answers name it.
+        size: bytes of the task as each site is sent it.
+    """
 
     round: int
     stage: StageName
     attempt: int
     nodes: int
+    digest: str = ""
+    size: int = 0
 
 
 @dataclass(frozen=True)
 class SiteAnswered:
-    """An answer was accepted and folded."""
+    """An answer was accepted and folded. `digest`: SHA-256 of the bytes as they came."""
 
     round: int
     stage: StageName
     answer: SiteAnswer
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,17 @@ class StageClosed:
     wall_s: float
 
 
-Event = StageOpened | SiteAnswered | SiteFailed | StageClosed
+@dataclass(frozen=True)
+class Paused:
+    """No stage is opened until the study is resumed."""
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The study goes on."""
+
+
+Event = StageOpened | SiteAnswered | SiteFailed | StageClosed | Paused | Resumed
 Observer = Callable[[Event], None]
 
 

@@ -1,6 +1,7 @@
 """Which node is which site, and how many patients it enlisted with.
 
 A site has one node; a node cannot change its site, and a site cannot outgrow what it enlisted with.
+A site that has proven its name may come back under another node, and then has that one alone.
 """
 
 from __future__ import annotations
@@ -15,22 +16,33 @@ class Roster:
         self._sites: dict[int, str] = {}
         self._patients: dict[int, int] = {}
 
-    def add(self, node_id: int, site: str, patients: int) -> None:
+    def add(self, node_id: int, site: str, patients: int, *, proven: bool = False) -> None:
         """Remember a site's node and its training patients.
+
+        Args:
+            proven: the site signed its answer, so that its name is no mere claim.
 
         Raises:
             AnswerError: code `site`: the node has another site, or the site another node.
         """
         if self._sites.get(node_id, site) != site:
             raise AnswerError("site", f"the node of {self._sites[node_id]} answered as {site}")
-        if site in self._sites.values() and node_id not in self._sites:
-            raise AnswerError("site", f"two nodes claim to be {site}")
+        before = self.node_of(site)
+        if before not in (None, node_id):
+            if not proven:
+                raise AnswerError("site", f"two nodes claim to be {site}")
+            assert before is not None
+            del self._sites[before], self._patients[before]
         self._sites[node_id] = site
         self._patients[node_id] = patients
 
     def site_of(self, node_id: int) -> str | None:
         """The node's site, or None while it has not enlisted."""
         return self._sites.get(node_id)
+
+    def node_of(self, site: str) -> int | None:
+        """The site's node, or None while it has not enlisted."""
+        return next((node for node, name in self._sites.items() if name == site), None)
 
     @property
     def sites(self) -> tuple[str, ...]:

@@ -2,59 +2,52 @@
 
 One answer is held at a time. An answer that does not fit is refused and named, and the stage goes
 on; a node that has not answered when the time is up is named too, and its late answer is never
-looked at. The state is stored after every stage, before anything else happens.
+looked at. The state is stored after every stage, before anything else happens; only then are the
+stage's keys destroyed. Between stages a study can be paused, and sites may enlist that came later.
 """
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from flwr.app import Message
 from flwr.serverapp import Grid
 
+from coordinator.asking import LONGEST_POLL_S, Asking, Clock
 from coordinator.events import (
     Observer,
-    SiteAnswered,
-    SiteFailed,
+    Paused,
+    Resumed,
     StageClosed,
     StageOpened,
     nobody,
 )
+from coordinator.exchange import Exchange, Plain
+from coordinator.folding import Folding
 from coordinator.roster import Roster
-from fedseg.aggregation.accumulate import MeanAccumulator
 from fedseg.aggregation.rounds import (
+    ENLIST,
     Outcome,
+    Position,
     StudyState,
+    also_received,
     close_stage,
     enlist_task,
     open_stage,
+    release_position,
+    release_task,
     require_attempts_left,
-    weight_of,
 )
-from fedseg.carriage import MESSAGE_TYPE, unwrap, wrap
-from fedseg.errors import RoundError, TrustError
+from fedseg.container import peek
 from fedseg.plan import StudyPlan
-from fedseg.result import SiteAnswer, SiteFailure
-from fedseg.updates import (
-    AnswerError,
-    AnswerHeader,
-    Enlisted,
-    StageName,
-    Trained,
-    open_answer,
-    task_digest,
-)
+from fedseg.security.identity import SignedRoll
+from fedseg.updates import StageName, TaskHeader, task_digest
 
-logger = logging.getLogger(__name__)
-
-SHORTEST_POLL_S = 0.002
-LONGEST_POLL_S = 0.25
-_FLOWER_CODES = {3: "expired", 4: "expired", 5: "unavailable", 8: "crashed"}
+ENLIST_S = 120.0
+LATE_ENLIST_S = 30.0
+COURT_AGAIN_S = 60.0
+PAUSE_S = 1.0
 
 
 class Store(Protocol):
@@ -62,14 +55,6 @@ class Store(Protocol):
 
     def save(self, state: StudyState) -> None:
         """Keep a state in place of the one before."""
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Time as the round loop sees it; tests bring their own."""
-
-    now: Callable[[], float] = time.monotonic
-    sleep: Callable[[float], None] = time.sleep
 
 
 class Study:
@@ -84,17 +69,27 @@ class Study:
         nodes: int,
         observe: Observer = nobody,
         clock: Clock | None = None,
+        exchange: Exchange | None = None,
+        reask: bool = False,
+        paused: Callable[[], bool] = lambda: False,
     ) -> None:
         """Bring a study's parts together.
 
         Args:
             nodes: how many nodes to wait for before the sites enlist.
+            exchange: how tasks and answers travel; as they are by default.
+            reask: ask nodes again that come back while a stage's time lasts, and let sites enlist
+                late: between hospitals, where nodes are far away and tasks have stored answers.
+            paused: no stage is opened while it says True; asked before every stage.
         """
         self._grid, self._plan, self._store = grid, plan, store
         self._expected, self._needed = nodes, plan.aggregation.minimum_sites
-        self._observe = observe
+        self._observe, self._reask, self._paused = observe, reask, paused
         self._clock = clock or Clock()
+        self._exchange: Exchange = exchange or Plain()
         self._roster = Roster()
+        self._roll: SignedRoll | None = None
+        self._courted: dict[int, float] = {}
 
     def run(self, state: StudyState) -> StudyState:
         """Go on from a state to the end of the study.
@@ -102,133 +97,162 @@ class Study:
         Raises:
             RoundError: a stage failed as often as the plan allows; the last stored state stays.
         """
-        self._wait_for_nodes()
-        if state.position is not None and state.position.stage != "enlist":
-            self._ask(partial(enlist_task, self._plan), "enlist", 0)
+        self._destroy_leftovers(state)
+        if state.position is not None:
+            self._roll = self._exchange.adopt()
+            self._wait(lambda: len(list(self._grid.get_node_ids())) >= self._expected)
+            if state.position.stage != "enlist":
+                self._enlist(sorted(self._grid.get_node_ids()), ENLIST_S)
         while state.position is not None:
             require_attempts_left(state, self._plan)
-            state = self._run_stage(state)
+            self._between_stages(state.position)
+            state = self._run_stage(state, state.position)
         return state
 
-    def _run_stage(self, state: StudyState) -> StudyState:
+    def lacking(self, state: StudyState) -> tuple[str, ...]:
+        """The sites to which the released model of a finished study has not come."""
+        received = {answer.site for answer in state.history[-1].answers}
+        known = {answer.site for record in state.history for answer in record.answers}
+        return tuple(sorted({*self._exchange.sites, *known} - received))
+
+    def redeliver(self, state: StudyState) -> StudyState:
+        """Offer the released model of a finished study once more to on-line sites that lack it.
+
+        To be called now and then, also in a new process; returns once they answered or a round's
+        time is up, and at once where none of them is here.
+
+        Returns:
+            The state with what came added to its last record, stored.
+        """
+        if self._roll is None or self._exchange.changed():
+            self._begin_anew()
+        self._court()
+        lacking = self.lacking(state)
+        nodes = [n for n in self._online() if self._roster.site_of(n) in lacking]
+        if not nodes:
+            return state
+        position = release_position(state)
+        outcome = self._ask(position, partial(release_task, state, self._plan), nodes)
+        state = also_received(state, outcome)
+        self._store.save(state)
+        self._exchange.closed(position)
+        return state
+
+    def _run_stage(self, state: StudyState, position: Position) -> StudyState:
         """Open, ask, close and store one stage."""
-        assert state.position is not None
         started = self._clock.now()
-        position = state.position
-        task = partial(open_stage, state, self._plan)
-        outcome = self._ask(task, position.stage, position.round, position.attempt)
+        task = partial(open_stage, state, self._plan, self._roll)
+        outcome = self._ask(position, task, self._nodes_for(position))
         state = close_stage(state, self._plan, outcome)
         self._store.save(state)
+        if not _same_stage(state.position, position):
+            self._exchange.closed(position)
         self._observe(StageClosed(state.history[-1], self._clock.now() - started))
         return state
 
-    def _ask(
-        self, task: Callable[[], bytes], stage: StageName, round_: int, attempt: int = 1
-    ) -> Outcome:
-        """Send one task to every node and fold what comes back."""
-        ttl = self._plan.aggregation.round_timeout_s
-        nodes = self._nodes_for(stage)
-        self._observe(StageOpened(round_, stage, attempt, len(nodes)))
-        digest, size, waiting = self._send(task(), nodes, ttl)
-        total = MeanAccumulator(self._plan.built.tensors) if stage == "train" else None
-        answers: list[SiteAnswer] = []
-        failures = [] if stage == "enlist" else self._offline(nodes)
-        for failure in failures:
-            self._observe(SiteFailed(round_, stage, failure))
-        for node, message in self._arrivals(waiting, ttl):
-            try:
-                answer = self._fold(node, message, stage, digest, total)
-            except (AnswerError, RoundError) as error:
-                code = error.code if isinstance(error, AnswerError) else "overflow"
-                failure = SiteFailure(site=self._name(node), code=code, reason=str(error))
-                failures.append(failure)
-                logger.warning("round %s %s: %s: %s", round_, stage, failure.site, failure.reason)
-                self._observe(SiteFailed(round_, stage, failure))
-                continue
-            finally:
-                del message  # before the next answer is taken: one is held at a time
-            answers.append(answer)
-            self._observe(SiteAnswered(round_, stage, answer))
-        return Outcome(size * len(nodes), tuple(answers), tuple(failures), total)
-
-    def _send(self, task: bytes, nodes: list[int], ttl: float) -> tuple[str, int, dict[str, int]]:
-        """Hand a task to Flower and keep nothing of it: digest, size, and message id -> node."""
-        digest, content = task_digest(task), wrap(task)
-        messages = [
-            Message(content, dst_node_id=node, message_type=MESSAGE_TYPE, ttl=ttl, group_id=digest)
-            for node in nodes
-        ]
-        pushed = self._grid.push_messages(messages)
-        return digest, len(task), dict(zip(pushed, nodes, strict=True))
-
-    def _arrivals(
-        self, waiting: dict[str, int], timeout_s: float
-    ) -> Iterator[tuple[int, Message | None]]:
-        """Each node with its message as it arrives; with None when the time is up."""
-        deadline = self._clock.now() + timeout_s
-        pause = SHORTEST_POLL_S
-        while waiting and self._clock.now() < deadline:
-            arrived = False
-            for message_id in list(waiting):
-                replies = list(self._grid.pull_messages([message_id]))
-                if replies:
-                    arrived = True
-                    yield waiting.pop(message_id), replies.pop()
-            pause = SHORTEST_POLL_S if arrived else min(2 * pause, LONGEST_POLL_S)
-            if waiting and not arrived:
-                self._clock.sleep(min(pause, max(0.0, deadline - self._clock.now())))
-        for node in waiting.values():
-            yield node, None
-
-    def _fold(
-        self,
-        node: int,
-        message: Message | None,
-        stage: StageName,
-        digest: str,
-        total: MeanAccumulator | None,
-    ) -> SiteAnswer:
-        """Check one answer and add its update to the sum."""
-        data = _data_of(message)
-        site = self._roster.site_of(node)
-        header, delta = open_answer(data, self._plan, task=digest, stage=stage, site=site)
-        if isinstance(header.body, Enlisted):
-            self._roster.add(node, header.site, header.body.patients.get("train", 0))
-        if total is not None and isinstance(header.body, Trained):
-            self._check_patients(node, header.body.patients)
-            total.fold(delta, weight_of(header.body, self._plan))
-        return _answer_of(header, len(data))
-
-    def _check_patients(self, node: int, claimed: int) -> None:
-        """A site weighs what it enlisted with: nobody takes a round over by claiming more."""
-        enlisted = self._roster.patients_of(node)
-        if claimed < 1:
-            raise AnswerError("data", "the site has no training patients")
-        if claimed != enlisted:
-            raise AnswerError(
-                "data", f"the site enlisted with {enlisted} training patients and claims {claimed}"
+    def _destroy_leftovers(self, state: StudyState) -> None:
+        """Destroy the keys of the last closed stage, which a crash may have left."""
+        if state.history:
+            last = state.history[-1]
+            position = Position.model_validate(
+                {"round": last.round, "stage": last.stage, "attempt": last.attempt}
             )
+            if not _same_stage(state.position, position):
+                self._exchange.closed(position)
 
-    def _nodes_for(self, stage: StageName) -> list[int]:
-        """Everybody while sites enlist, afterwards the enlisted ones that are on line."""
+    def _between_stages(self, position: Position) -> None:
+        """Wait while the study is paused; enlist again where others take part now."""
+        if self._paused():
+            self._observe(Paused())
+            while self._paused():
+                self._clock.sleep(PAUSE_S)
+            self._observe(Resumed())
+        if self._exchange.changed():
+            self._begin_anew()
+            if position.stage != "enlist":
+                self._enlist(sorted(self._grid.get_node_ids()), ENLIST_S)
+
+    def _begin_anew(self) -> None:
+        """Put the roll as it stands in force; nobody has enlisted under it yet."""
+        self._roll = self._exchange.adopt()
+        self._roster = Roster()
+        self._courted = {}
+
+    def _enlist(self, nodes: list[int], at_most_s: float) -> None:
+        """Ask nodes to enlist beside the stages of the study."""
+        if nodes:
+            self._ask(ENLIST, partial(enlist_task, self._plan, self._roll), nodes, at_most_s)
+            self._exchange.closed(ENLIST)
+
+    def _court(self) -> None:
+        """Ask nodes to enlist that have not, and were not asked a moment ago."""
+        now, here = self._clock.now(), sorted(self._grid.get_node_ids())
+        self._courted = {node: at for node, at in self._courted.items() if node in here}
+        new = [n for n in here if not self._roster.site_of(n) and now >= self._courted.get(n, now)]
+        self._enlist(new, LATE_ENLIST_S)
+        self._courted |= dict.fromkeys(new, self._clock.now() + COURT_AGAIN_S)
+
+    def _ask(
+        self,
+        position: Position,
+        task: Callable[[], bytes],
+        nodes: list[int],
+        at_most_s: float = float("inf"),
+    ) -> Outcome:
+        """Send one task to nodes and fold what comes back."""
+        parcel = _Parcel(self._exchange, position, task)
+        round_, stage, attempt = position.round, position.stage, position.attempt
+        opened = StageOpened(round_, stage, attempt, len(nodes), parcel.digest, parcel.size)
+        self._observe(opened)
+        folding = Folding(
+            self._plan,
+            position,
+            (parcel.header, parcel.digest),
+            roster=self._roster,
+            exchange=self._exchange,
+            observe=self._observe,
+        )
+        if stage != "enlist":
+            here = {self._roster.site_of(node) for node in nodes}
+            folding.absent({*self._exchange.sites, *self._roster.sites} - here)
+        asking = Asking(
+            self._grid,
+            self._clock,
+            parcel.content,
+            group=parcel.digest,
+            timeout_s=min(self._plan.aggregation.round_timeout_s, at_most_s),
+            again=self._reask,
+            welcome=partial(self._welcome, folding, stage),
+        )
+        for node, message in asking.arrivals(nodes):
+            folding.take(node, message)
+            del message  # before the next answer is taken: one is held at a time
+        return folding.outcome(parcel.size * asking.sent)
+
+    def _welcome(self, folding: Folding, stage: StageName, node: int) -> bool:
+        """Whether a node that comes only now is asked too."""
+        site = self._roster.site_of(node)
         if stage == "enlist":
+            return site is None
+        return site is not None and not folding.answered(site)
+
+    def _nodes_for(self, position: Position) -> list[int]:
+        """Everybody while sites enlist, afterwards the enlisted ones that are on line."""
+        if position.stage == "enlist":
             return sorted(self._grid.get_node_ids())
-        self._wait(lambda: len(self._online()) >= min(self._needed, len(self._roster)))
+        self._wait(self._enough_are_here)
         return self._online()
+
+    def _enough_are_here(self) -> bool:
+        """Whether a stage can be opened; between hospitals, late ones may enlist first."""
+        if not self._reask:
+            return len(self._online()) >= min(self._needed, len(self._roster))
+        self._court()
+        return len(self._online()) >= self._needed
 
     def _online(self) -> list[int]:
         """The enlisted nodes that are on line."""
         return [n for n in sorted(self._grid.get_node_ids()) if self._roster.site_of(n)]
-
-    def _offline(self, nodes: list[int]) -> list[SiteFailure]:
-        """A failure for every enlisted site that cannot be asked."""
-        away = set(self._roster.sites) - {self._roster.site_of(node) for node in nodes}
-        reason = "the site enlisted but is not on line"
-        return [SiteFailure(site=site, code="offline", reason=reason) for site in sorted(away)]
-
-    def _wait_for_nodes(self) -> None:
-        """Wait until all expected nodes are on line, at most one round's time."""
-        self._wait(lambda: len(list(self._grid.get_node_ids())) >= self._expected)
 
     def _wait(self, enough: Callable[[], bool]) -> None:
         """Wait for nodes, at most one round's time."""
@@ -236,36 +260,24 @@ class Study:
         while not enough() and self._clock.now() < deadline:
             self._clock.sleep(LONGEST_POLL_S)
 
-    def _name(self, node: int) -> str:
-        """The site's name, or its node's while it has not enlisted."""
-        return self._roster.site_of(node) or f"node-{node}"
+
+class _Parcel:
+    """A stage's task as it travels: on disk before anything is sent, and not held afterwards."""
+
+    def __init__(self, exchange: Exchange, position: Position, task: Callable[[], bytes]) -> None:
+        self._exchange, self._position, self._task = exchange, position, task
+        whole = task()
+        self.digest = task_digest(whole)
+        self.header = peek(whole, TaskHeader, max_bytes=len(whole))
+        self._data: bytes | None = exchange.seal(position, whole)
+        self.size = len(self._data)
+
+    def content(self) -> bytes:
+        """What is sent; sealed again, to the same bytes, from the second time on."""
+        data, self._data = self._data, None
+        return self._exchange.seal(self._position, self._task()) if data is None else data
 
 
-def _data_of(message: Message | None) -> bytes:
-    """The opaque bytes of a reply, or the reason why there are none."""
-    if message is None:
-        raise AnswerError("timeout", "no answer came before the round's time was up")
-    if message.has_error():
-        code = _FLOWER_CODES.get(message.error.code, "crashed")
-        raise AnswerError(code, f"Flower reports code {message.error.code} for this site")
-    try:
-        return unwrap(message)
-    except TrustError as error:
-        raise AnswerError("malformed", str(error)) from None
-
-
-def _answer_of(header: AnswerHeader, size: int) -> SiteAnswer:
-    """What the record keeps of an answer."""
-    body = header.body
-    if isinstance(body, Trained):
-        return SiteAnswer(
-            site=header.site,
-            patients=body.patients,
-            steps=body.steps,
-            loss=body.loss,
-            bytes_up=size,
-        )
-    if isinstance(body, Enlisted):
-        return SiteAnswer(site=header.site, patients=body.patients.get("train", 0), bytes_up=size)
-    assert body.kind == "evaluate"
-    return SiteAnswer(site=header.site, patients=body.patients, scores=body.scores, bytes_up=size)
+def _same_stage(one: Position | None, other: Position) -> bool:
+    """The same stage of the same round, whichever attempt."""
+    return one is not None and (one.round, one.stage) == (other.round, other.stage)

@@ -58,7 +58,7 @@ def test_the_result_on_disk_is_the_one_that_was_returned(undisturbed: Undisturbe
 def test_every_stage_and_patient_is_in_the_result(undisturbed: Undisturbed) -> None:
     _, result = undisturbed
     stages = [(record.round, record.stage) for record in result.stages]
-    third = [(3, "train"), (3, "evaluate")]
+    third = [(3, "train"), (3, "evaluate"), (3, "release")]
     assert stages == [(0, "enlist"), (1, "train"), (2, "train"), (2, "evaluate"), *third]
     assert all([a.site for a in record.answers] == list(SITES) for record in result.stages)
     assert not any(record.failures for record in result.stages)
@@ -66,6 +66,14 @@ def test_every_stage_and_patient_is_in_the_result(undisturbed: Undisturbed) -> N
     held_back = sum(site.patients["val"] for site in result.sites)
     assert all(len(arm.patients) == held_back for arm in result.arms)
     assert all(mean_of(p.dice) is not None for arm in result.arms for p in arm.patients)
+
+
+def test_every_site_has_the_released_model(undisturbed: Undisturbed) -> None:
+    out, result = undisturbed
+    for site in SITES:
+        models = out / "federated" / "sites" / site / "models"
+        about, model = load_model(models / f"{result.plan.study}.safetensors")
+        assert digest_of(model) == about.model_digest == result.model_digest
 
 
 def test_every_arm_takes_the_same_number_of_steps(undisturbed: Undisturbed) -> None:

@@ -14,8 +14,9 @@ from flwr.supercore.task_identity import TaskIdentity
 from pure_studies import SITES, reply, run_purely
 from small_plans import answer, body_of, built_plan, tiny_model
 
+from coordinator.asking import LONGEST_POLL_S, Clock
 from coordinator.events import Event, SiteAnswered, SiteFailed, StageClosed, StageOpened, nobody
-from coordinator.rounds import LONGEST_POLL_S, Clock, Study
+from coordinator.rounds import Study
 from fedseg.aggregation.accumulate import MAX_WEIGHT
 from fedseg.aggregation.rounds import Position, StudyState, first_state, fresh_attempts
 from fedseg.arrays import digest_of
@@ -160,9 +161,9 @@ def test_a_study_over_a_grid_ends_as_the_pure_one() -> None:
     assert last.position is None
     assert digest_of(last.server.model) == digest_of(UNDISTURBED.server.model)
     assert [s.position for s in kept.states][-1] is None
-    assert len(kept.states) == len(last.history) == 6
+    assert len(kept.states) == len(last.history) == 7
     assert failures(last) == []
-    assert len(grid.tasks) == 3 * 6
+    assert len(grid.tasks) == 3 * 7
 
 
 def test_every_site_of_a_round_gets_the_same_bytes() -> None:
@@ -363,7 +364,7 @@ def test_a_node_that_leaves_is_missed_only_if_too_few_remain() -> None:
 
     runner = Study(grid, PLAN, Kept(), nodes=3, observe=leave, clock=grid.time.clock)
     last = runner.run(first_state(PLAN, tiny_model()))
-    assert [len(r.answers) for r in last.history] == [3, 3, 2, 2, 2, 2]
+    assert [len(r.answers) for r in last.history] == [3, 3, 2, 2, 2, 2, 2]
 
 
 def test_waiting_polls_without_spinning_and_never_past_the_deadline() -> None:

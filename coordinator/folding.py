@@ -1,0 +1,164 @@
+"""The answers of one stage: each opened, checked, added to the sum, and forgotten.
+
+An answer that does not fit is refused and its site named with a code; the stage goes on. A site
+counts once, whatever comes under its name and through whichever node.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+
+from flwr.app import Message
+
+from coordinator.events import Observer, SiteAnswered, SiteFailed
+from coordinator.exchange import Exchange
+from coordinator.roster import Roster
+from fedseg.aggregation.accumulate import MeanAccumulator
+from fedseg.aggregation.rounds import Outcome, Position, weight_of
+from fedseg.carriage import unwrap
+from fedseg.container import Buffer
+from fedseg.errors import RoundError, TrustError
+from fedseg.plan import StudyPlan
+from fedseg.result import SiteAnswer, SiteFailure
+from fedseg.updates import (
+    AnswerError,
+    AnswerHeader,
+    Enlisted,
+    Evaluated,
+    TaskHeader,
+    Trained,
+    open_answer,
+)
+
+logger = logging.getLogger(__name__)
+
+_FLOWER_CODES = {3: "expired", 4: "expired", 5: "unavailable", 8: "crashed"}
+
+
+class Folding:
+    """What came in one stage so far.
+
+    Args:
+        position: the stage.
+        task: what was asked, and its digest.
+    """
+
+    def __init__(
+        self,
+        plan: StudyPlan,
+        position: Position,
+        task: tuple[TaskHeader, str],
+        *,
+        roster: Roster,
+        exchange: Exchange,
+        observe: Observer,
+    ) -> None:
+        self._plan, self._position, (self._task, self._digest) = plan, position, task
+        self._roster, self._exchange, self._observe = roster, exchange, observe
+        training = position.stage == "train"
+        self._total = MeanAccumulator(plan.built.tensors) if training else None
+        self._answers: dict[str, SiteAnswer] = {}
+        self._failures: dict[str, SiteFailure] = {}
+
+    def answered(self, site: str) -> bool:
+        """Whether an answer of the site was folded."""
+        return site in self._answers
+
+    def absent(self, sites: set[str]) -> None:
+        """Name sites that cannot be asked now; they may still answer later."""
+        reason = "the site is not on line, or has not enlisted"
+        for site in sorted(sites):
+            self._fail(SiteFailure(site=site, code="offline", reason=reason))
+
+    def take(self, node: int, message: Message | None) -> None:
+        """Take a node's answer; None where it gave none in time."""
+        name = self._roster.site_of(node) or f"node-{node}"
+        try:
+            data = _data_of(message)
+            signer, plain = self._exchange.open(data)
+            if signer is not None and self._roster.site_of(node) is None:
+                name = signer
+            answer = self._fold(node, signer, plain, len(data))
+        except (AnswerError, RoundError) as error:
+            code = error.code if isinstance(error, AnswerError) else "overflow"
+            self._fail(SiteFailure(site=name, code=code, reason=str(error)))
+            return
+        self._answers[answer.site] = answer
+        self._failures.pop(answer.site, None)
+        digest, at = hashlib.sha256(data).hexdigest(), self._position
+        self._observe(SiteAnswered(at.round, at.stage, answer, digest))
+
+    def outcome(self, bytes_down: int) -> Outcome:
+        """All that came."""
+        answers, failures = tuple(self._answers.values()), tuple(self._failures.values())
+        return Outcome(bytes_down, answers, failures, self._total)
+
+    def _fold(self, node: int, signer: str | None, data: Buffer, size: int) -> SiteAnswer:
+        """Check one answer and add its update to the sum."""
+        header, delta = open_answer(
+            data,
+            self._plan,
+            task=self._digest,
+            stage=self._position.stage,
+            site=self._roster.site_of(node),
+            model=self._task.model,
+        )
+        if signer not in (None, header.site):
+            raise AnswerError("site", f"{signer} signed an answer that names {header.site}")
+        body = header.body
+        if isinstance(body, Enlisted):
+            patients = body.patients.get("train", 0)
+            self._roster.add(node, header.site, patients, proven=signer is not None)
+        elif self.answered(header.site):
+            raise AnswerError("site", f"{header.site} has answered already")
+        if self._total is not None and isinstance(body, Trained):
+            self._check_patients(node, body.patients)
+            self._total.fold(delta, weight_of(body, self._plan))
+        return _answer_of(header, size)
+
+    def _check_patients(self, node: int, claimed: int) -> None:
+        """A site weighs what it enlisted with: nobody takes a round over by claiming more."""
+        enlisted = self._roster.patients_of(node)
+        if claimed < 1:
+            raise AnswerError("data", "the site has no training patients")
+        if claimed != enlisted:
+            raise AnswerError(
+                "data", f"the site enlisted with {enlisted} training patients and claims {claimed}"
+            )
+
+    def _fail(self, failure: SiteFailure) -> None:
+        """Name a site that gave no answer that counts; one that has given one stays counted."""
+        at = self._position
+        logger.warning("round %s %s: %s: %s", at.round, at.stage, failure.site, failure.reason)
+        if failure.site not in self._answers:
+            self._failures[failure.site] = failure
+            self._observe(SiteFailed(at.round, at.stage, failure))
+
+
+def _data_of(message: Message | None) -> bytes:
+    """The opaque bytes of a reply, or the reason why there are none."""
+    if message is None:
+        raise AnswerError("timeout", "no answer came before the round's time was up")
+    if message.has_error():
+        code = _FLOWER_CODES.get(message.error.code, "crashed")
+        raise AnswerError(code, f"Flower reports code {message.error.code} for this site")
+    try:
+        return unwrap(message)
+    except TrustError as error:
+        raise AnswerError("malformed", str(error)) from None
+
+
+def _answer_of(header: AnswerHeader, size: int) -> SiteAnswer:
+    """What the record keeps of an answer."""
+    site, body = header.site, header.body
+    if isinstance(body, Trained):
+        return SiteAnswer(
+            site=site, patients=body.patients, steps=body.steps, loss=body.loss, bytes_up=size
+        )
+    if isinstance(body, Enlisted):
+        return SiteAnswer(site=site, patients=body.patients.get("train", 0), bytes_up=size)
+    if isinstance(body, Evaluated):
+        return SiteAnswer(site=site, patients=body.patients, scores=body.scores, bytes_up=size)
+    assert body.kind == "release"
+    return SiteAnswer(site=site, patients=0, bytes_up=size)
