@@ -152,7 +152,11 @@ def _leaves(plan: StudyPlan, record: CohortRecord | None) -> tuple[str, ...]:
 def _learnt(plan: StudyPlan, sites: int) -> tuple[str, ...]:
     """What each party could find out."""
     assert plan.privacy.guarantee == "none"
-    others = max(sites - 1, 0)
+    alone = (
+        " As long as there are two of you, the other one can work out your updates exactly."
+        if sites <= 2
+        else ""
+    )
     return (
         "This plan has NO privacy guarantee. From an update one may reconstruct images that were "
         "trained on, or tell whether a certain person's images were among them; research has shown "
@@ -161,9 +165,9 @@ def _learnt(plan: StudyPlan, sites: int) -> tuple[str, ...]:
         "The coordinator reads every update of this hospital and knows whose it is: it could "
         "attempt the above. It also chooses the models that are sent; one that is dishonest could "
         "choose them so that updates tell more.",
-        f"The other hospitals ({others}) get the common model of every round, not your updates. "
-        "What they can draw from it concerns all the others together; the fewer take part, the "
-        "more it is about you.",
+        f"The other hospitals ({max(sites - 1, 0)} so far) get the common model of every round, "
+        "not your updates. What they can draw from it concerns all the others together; the fewer "
+        f"take part, the more it is about you.{alone}",
         "Who carries the messages (network, proxy, Flower's server): that this hospital takes "
         "part, when, and how large messages are. The content is sealed between trainer and "
         "coordinator.",

@@ -142,7 +142,7 @@ def studies(
     table = Table("study", "approved", "coordinator", "sites", "valid until", "model")
     for row in found:
         names = ("study", "approved", "coordinator", "sites", "valid_until", "model")
-        table.add_row(*(str(row[name]) for name in names))
+        table.add_row(*(str(row[name]).partition("T")[0] for name in names))
     console = Console()
     console.print(table if found else "no study joined yet: fedseg-site join BUNDLE")
     for row in found:

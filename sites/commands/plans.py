@@ -145,12 +145,13 @@ def _looked_at(
     record = chosen.record
     used = ", ".join(f"{count} {split}" for split, count in record.patients.items() if count)
     typer.echo(f"{sum(record.patients.values())} patients are used ({used})")
-    if record.left_out or record.unlisted:
-        typer.echo(
-            f"{chosen.left_out_patients} patients are left out whole; {record.left_out} images "
-            f"cannot be used and {record.unlisted} could not be listed: `fedseg-site check {data}` "
-            "names each with its remedy"
-        )
+    warnings = sum(finding.severity == "warning" for finding in chosen.inspection.findings)
+    typer.echo(
+        f"{chosen.left_out_patients} patients are left out whole; {record.left_out} images cannot "
+        f"be used, {record.unlisted} could not be listed, {warnings} warnings"
+    )
+    if record.left_out or record.unlisted or warnings:
+        typer.echo(f"`fedseg-site check {data}` names each with its remedy")
     return record
 
 

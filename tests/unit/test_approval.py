@@ -99,6 +99,11 @@ class TestShow:
         assert "Forbidden by this hospital's policy: privacy_none, largest_rounds." in text
         assert "largest_rounds: at most 2 rounds. FORBIDS THIS: the plan asks for 3." in text
 
+    def test_two_hospitals_are_told_that_each_sees_the_other(self, one: Member) -> None:
+        assert "the other one can work out your updates exactly" in spoken(one)
+        one.join(B, C, version=2)
+        assert "work out your updates" not in spoken(one)
+
     def test_json_has_the_same_words(self, one: Member) -> None:
         site = ("--site", one.folder.path)
         value = json.loads(run("plan", "show", "tiny", *site, "--json").stdout)
@@ -159,7 +164,7 @@ class TestApprove:
         (data / "labels" / "c1.nii.gz").unlink()
         (data / "images" / "c2.nii.gz").write_bytes(b"no image")
         shown = approve(one, "--data", data)
-        assert "2 patients are left out whole; 2 images cannot be used" in shown
+        assert "2 patients are left out whole; 2 images cannot be used, 0 could not" in shown
         assert "P-c" not in shown and "c1" not in shown
         assert load_record(one.folder, "tiny", one.consortium.plan).left_out == 2
 

@@ -248,6 +248,20 @@ class TestAudit:
         assert [json.loads(line)["event"] for line in only.splitlines()] == ["joined"]
         assert "2 entries" in run("audit", "verify", *site).stdout
 
+    def test_verify_finds_what_was_changed(self, tmp_path: Path) -> None:
+        one = member(tmp_path)
+        one.join(B)
+        whole = one.folder.audit.read_text()
+        for changed in (
+            whole.replace('"joined"', '"left"'),
+            "\n".join(reversed(whole.splitlines())) + "\n",
+            whole.splitlines()[0] + "\n",
+            whole.splitlines()[1] + "\n",
+        ):
+            one.folder.audit.write_text(changed)
+            with pytest.raises(TrustError, match="audit"):
+                run("audit", "verify", "--site", one.folder.path)
+
     def test_a_restored_backup_is_a_declared_act(self, tmp_path: Path) -> None:
         one = member(tmp_path)
         site = ("--site", one.folder.path)
