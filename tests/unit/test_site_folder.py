@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from small_sites import member
+from small_parties import Party
+from small_sites import allow, data_of, member
+from typer.testing import CliRunner
 
 from fedseg.errors import DataError, StorageError
+from sites import cli
+from sites.cohort import choose_cohort
 from sites.folder import Link, SiteFolder, SiteRecord, make_folder, read_note, write_note
 
 
@@ -92,14 +98,23 @@ def test_a_link_gives_the_trainers_socket_as_an_absolute_path(tmp_path: Path) ->
         assert folder.link_of("tiny").trainer == found
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as others")
-def test_root_writes_as_the_owner_of_the_folder_and_through_no_link(tmp_path: Path) -> None:
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents[:2]:
-        parent.chmod(parent.stat().st_mode | 0o011)
-    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+TRAINER, RELAY = 65533, 65534
+
+
+@pytest.fixture
+def reachable() -> Iterator[Path]:
+    """A folder that other users can reach, which pytest's own is not."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can act as others")
+    with tempfile.TemporaryDirectory(prefix="fedseg-test-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def test_root_writes_as_the_owner_of_the_folder_and_through_no_link(reachable: Path) -> None:
+    theirs, ours = reachable / "theirs", reachable / "ours"
     theirs.mkdir()
-    os.chown(theirs, 65534, 65534)
+    os.chown(theirs, RELAY, RELAY)
     ours.write_text("precious")
     (theirs / "link.json.part").symlink_to(ours)
     with pytest.raises(StorageError):
@@ -107,5 +122,31 @@ def test_root_writes_as_the_owner_of_the_folder_and_through_no_link(tmp_path: Pa
     assert ours.read_text() == "precious"
     write_note(theirs / "other.json", b"fine")
     made = make_folder(theirs / "study")
-    assert (theirs / "other.json").stat().st_uid == made.stat().st_uid == 65534
+    assert (theirs / "other.json").stat().st_uid == made.stat().st_uid == RELAY
     assert os.geteuid() == 0
+
+
+def test_relay_and_trainer_of_two_users_get_what_is_theirs_when_root_joins(reachable: Path) -> None:
+    one = member(reachable)
+    data = data_of(reachable / "data", "c1", "c2", "c3")
+    choose_cohort("hospital_a", one.consortium.plan, data)  # imports, if Python is root's alone
+    for path in one.folder.path.rglob("*"):
+        inside = path.relative_to(one.folder.path).parts[0]
+        owner = {"relay": RELAY, "trainer": TRAINER, "studies": TRAINER}.get(inside, 0)
+        os.chown(path, owner, owner)
+    one.join(Party("hospital_b"))
+    allow(one.folder)
+    site = ["--site", str(one.folder.path)]
+    approve = ["plan", "approve", "tiny", "--data", str(data), *site]
+    assert CliRunner().invoke(cli.app, approve, catch_exceptions=False).exit_code == 0
+    for path in one.folder.relay.rglob("*"):
+        assert path.stat().st_uid == RELAY, path
+    for folder in (one.folder.trainer, one.folder.studies):
+        for path in folder.rglob("*"):
+            assert path.stat().st_uid == TRAINER, path
+    (data / "sites.csv").chmod(0o600)  # only root may read it, the trainer could not
+    with pytest.raises(DataError):
+        CliRunner().invoke(cli.app, approve, catch_exceptions=False)
+    assert os.geteuid() == 0
+    assert CliRunner().invoke(cli.app, ["leave", "tiny", "--yes", *site]).exit_code == 0
+    assert one.folder.joined == one.folder.linked == ()
