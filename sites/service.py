@@ -1,0 +1,256 @@
+"""The trainer as a service: one door for every relay of this hospital, one task at a time.
+
+It listens on a Unix socket, or on a loopback port where a bearer token is asked for. A body goes to
+a file as it comes and is cut off where it is larger than any task of the plan; nothing is parsed
+before it is whole. One thread works on one task; a relay that went away meanwhile finds the answer
+stored. Nothing that is said here names a patient, and a refusal has a status and no text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import os
+import queue
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from fedseg.errors import DataError, FedsegError
+from sites.folder import SiteFolder, make_folder
+from sites.gate import Answer, Doing, Gate, StrangerError
+
+logger = logging.getLogger(__name__)
+
+PIECE = 1024 * 1024
+BYTES = "application/octet-stream"
+SILENCE_S = 60.0
+MOST_WAITING = 16
+Opens = Callable[[str], Gate]
+Reason = Callable[[], str | None]
+
+
+class Desk:
+    """The gates of all joined studies, and the one thread that works on tasks."""
+
+    def __init__(self, folder: SiteFolder, open_gate: Opens, closed: Reason) -> None:
+        """Make a desk; nothing is opened before it is asked for.
+
+        Args:
+            open_gate: opens the gate of a joined study.
+            closed: why no task is taken just now, such as "paused"; None while they are.
+        """
+        self._folder, self._open_gate, self.closed = folder, open_gate, closed
+        self._gates: dict[str, tuple[tuple[int, int], Gate]] = {}
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self.waiting = 0
+        threading.Thread(target=self._run, daemon=True, name="fedseg-tasks").start()
+
+    def gate(self, study: str) -> Gate | None:
+        """The gate of a study, opened anew where it was joined anew; None where it was not joined.
+
+        Raises:
+            FedsegError: what was pinned cannot be read or was edited.
+        """
+        try:
+            found = self._folder.bundle(study).stat()
+        except (DataError, OSError):
+            self._gates.pop(study, None)
+            return None
+        mark = (found.st_ino, found.st_mtime_ns)
+        with self._lock:
+            if study not in self._gates or self._gates[study][0] != mark:
+                self._gates[study] = (mark, self._open_gate(study))
+            return self._gates[study][1]
+
+    async def handle(self, gate: Gate, envelope: Path) -> Answer:
+        """Have a task worked on; it goes on to its end even where nobody waits for it any more."""
+        answer: Future[Answer] = Future()
+
+        def job() -> None:
+            try:
+                answer.set_result(gate.handle(envelope))
+            except BaseException as error:
+                answer.set_exception(error)
+            finally:
+                envelope.unlink(missing_ok=True)
+
+        self.waiting += 1
+        self._jobs.put(job)
+        try:
+            return await asyncio.shield(asyncio.wrap_future(answer))
+        finally:
+            self.waiting -= 1
+
+    @property
+    def doing(self) -> Doing | None:
+        """What is being worked on."""
+        for _, gate in list(self._gates.values()):
+            if gate.doing is not None:
+                return gate.doing
+        return None
+
+    def _run(self) -> None:
+        """One task after the other."""
+        while True:
+            self._jobs.get()()
+
+
+def make_service(folder: SiteFolder, desk: Desk, token: str | None = None) -> ASGIApp:
+    """The service as an ASGI application.
+
+    Args:
+        token: what every request must bear; None on a Unix socket, which its mode protects.
+    """
+
+    async def task(request: Request) -> Response:
+        return await _task(folder, desk, request)
+
+    async def health(_request: Request) -> Response:
+        return JSONResponse({"ready": desk.closed() is None})
+
+    async def status(_request: Request) -> Response:
+        doing = desk.doing
+        return JSONResponse(
+            {
+                "closed": desk.closed(),
+                "doing": None if doing is None else asdict(doing),
+                "waiting": max(0, desk.waiting - 1),
+            }
+        )
+
+    routes = [
+        Route("/studies/{study}/tasks", task, methods=["POST"]),
+        Route("/health", health, methods=["GET"]),
+        Route("/status", status, methods=["GET"]),
+    ]
+    service = Starlette(routes=routes, exception_handlers={500: _internal})
+    return service if token is None else _Guarded(service, token)
+
+
+async def _task(folder: SiteFolder, desk: Desk, request: Request) -> Response:
+    """Answer a task; what cannot be answered becomes a status."""
+    if desk.closed() is not None or desk.waiting >= MOST_WAITING:
+        return _status(503)
+    try:
+        return await _answered(folder, desk, request)
+    except StrangerError:
+        return _status(403)
+    except (ClientDisconnect, TimeoutError):
+        return _status(400)
+    except (FedsegError, OSError) as error:
+        reason = error if isinstance(error, FedsegError) else type(error).__name__
+        logger.error("tasks cannot be taken: %s", reason)
+        return _status(503)
+
+
+async def _answered(folder: SiteFolder, desk: Desk, request: Request) -> Response:
+    """Spool a task, have it worked on, stream the answer."""
+    study = request.path_params["study"]
+    gate = desk.gate(study)
+    if gate is None:
+        return _status(404)
+    envelope = await _spooled(request, folder.spool(study), gate.max_bytes)
+    if envelope is None:
+        return _status(413)
+    return _response(await desk.handle(gate, envelope))
+
+
+async def _spooled(request: Request, spool: Path, max_bytes: int) -> Path | None:
+    """The body in a file, or None where it is larger than allowed."""
+    claimed = request.headers.get("content-length", "")
+    if claimed.isdigit() and int(claimed) > max_bytes:
+        return None
+    with tempfile.NamedTemporaryFile(dir=make_folder(spool), delete=False) as file:
+        path = Path(file.name)
+        try:
+            size = 0
+            async for piece in _pieces(request):
+                size += len(piece)
+                if size > max_bytes:
+                    path.unlink()
+                    return None
+                file.write(piece)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+    return path
+
+
+async def _pieces(request: Request) -> AsyncIterator[bytes]:
+    """The body as it comes; who stays silent for a minute is not waited for."""
+    stream = request.stream()
+    while True:
+        async with asyncio.timeout(SILENCE_S):
+            try:
+                piece = await anext(stream)
+            except StopAsyncIteration:
+                return
+        yield piece
+
+
+def _response(answer: Answer) -> Response:
+    """An answer as a response."""
+    if isinstance(answer, bytes):
+        return Response(answer, media_type=BYTES)
+    return _Stored(answer)
+
+
+class _Stored(Response):
+    """A stored answer, piece by piece; it is opened at once, so that no later round clears it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        size = os.fstat(self._file.fileno()).st_size
+        super().__init__(headers={"content-length": str(size)}, media_type=BYTES)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        with self._file as file:
+            start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+            await send(start)
+            more = True
+            while more:
+                piece = file.read(PIECE)
+                more = len(piece) == PIECE
+                await send({"type": "http.response.body", "body": piece, "more_body": more})
+
+
+def _status(code: int) -> Response:
+    """A status without a word, and the end of the connection; 503 asks to be asked later."""
+    headers = {"connection": "close"} | ({"retry-after": "5"} if code == 503 else {})
+    return Response(status_code=code, headers=headers)
+
+
+async def _internal(_request: Request, error: Exception) -> Response:
+    """Nothing of an error leaves but that there was one."""
+    logger.error("a request failed", exc_info=error)
+    return _status(500)
+
+
+class _Guarded:
+    """Asks every request for a token."""
+
+    def __init__(self, service: ASGIApp, token: str) -> None:
+        self._service, self._expected = service, b"Bearer " + token.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer 401."""
+        if scope["type"] == "http":
+            given: list[Any] = [v for k, v in scope["headers"] if k == b"authorization"]
+            if len(given) != 1 or not hmac.compare_digest(given[0], self._expected):
+                await Response(status_code=401)(scope, receive, send)
+                return
+        await self._service(scope, receive, send)
