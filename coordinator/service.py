@@ -8,10 +8,12 @@ released model, and stays until every enrolled site has it.
 from __future__ import annotations
 
 import logging
+import time
 
 from flwr.serverapp import Grid
 
 from coordinator.enrolment import current_roll
+from coordinator.exchange import SealedExchange
 from coordinator.folder import StudyFolder
 from coordinator.rounds import Study
 from coordinator.superlink import SuperLink
@@ -28,6 +30,9 @@ from fedseg.sole import sole
 logger = logging.getLogger(__name__)
 
 TAKE_OVER_S = 10.0
+FIRST_S, LATER_S = 60.0, 30.0
+LOOK_AGAIN_S = 0.5
+OFFER_AGAIN_S = 5.0
 
 
 def serve(grid: Grid, folder: StudyFolder) -> None:
@@ -55,14 +60,39 @@ def _serve(grid: Grid, folder: StudyFolder) -> None:
     state = starting_state(folder, plan)
     sites = tuple(site.name for site in current_roll(folder).roll.sites)
     witness = Witness(folder, plan, state, audit_of(folder, key), sites=sites)
+    study = Study(
+        grid,
+        plan,
+        witness,
+        nodes=plan.aggregation.minimum_sites,
+        observe=witness,
+        exchange=SealedExchange(plan, key, registry=folder.registry, outbox=folder.outbox),
+        reask=True,
+        paused=folder.paused.exists,
+    )
     with witness.presence(SuperLink(folder, folder.settings())):
         try:
-            witness.heed_pause()
-            study = Study(grid, plan, witness, nodes=len(sites), observe=witness)
+            _gather(grid, len(sites), LATER_S if state.history else FIRST_S)
             state = study.run(state)
+            _release(folder, plan, state)
+            while study.lacking(state):
+                state = study.redeliver(state)
+                time.sleep(OFFER_AGAIN_S)
         except FedsegError as error:
             witness.failed(str(error))
             raise
+
+
+def _gather(grid: Grid, sites: int, patience_s: float) -> None:
+    """Give every enrolled site a moment to come on line; who is late joins between stages."""
+    until = time.monotonic() + patience_s
+    while len(list(grid.get_node_ids())) < sites and time.monotonic() < until:
+        time.sleep(LOOK_AGAIN_S)
+
+
+def _release(folder: StudyFolder, plan: StudyPlan, state: StudyState) -> None:
+    """Write the released model, once."""
+    if not folder.model.exists():
         model = state.server.released(plan.aggregation)
         save_model(folder.model, plan, model, arm="federated", rounds=state.server.steps)
 

@@ -1,20 +1,18 @@
-"""Who watches a run from inside: checkpoint, progress and audit are kept, and a pause is heeded.
+"""Who watches a run from inside: checkpoint, progress and audit are kept, each event is logged.
 
-The round loop tells it of every event and gives it every state. It may wait in `__call__` after a
-stage is closed, which is how a pause works: nothing is open then, and nothing is lost by a kill.
+The round loop gives it every state and tells it of every event. A state is on disk before anything
+is told of it.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from coordinator.events import Event, SiteAnswered, SiteFailed, StageClosed, StageOpened
 from coordinator.folder import StudyFolder
-from coordinator.progress import Phase
 from coordinator.superlink import SuperLink, SuperLinkError
 from coordinator.watch import Watch
 from fedseg.aggregation.checkpoint import save_state
@@ -27,7 +25,6 @@ from fedseg.result import StageRecord
 logger = logging.getLogger(__name__)
 
 MAX_REASON = 400
-PAUSE_S = 0.5
 PRESENCE_S = 10.0
 
 
@@ -42,9 +39,8 @@ class Witness:
         chain: Chain,
         *,
         sites: tuple[str, ...],
-        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._folder, self._plan, self._chain, self._sleep = folder, plan, chain, sleep
+        self._folder, self._plan, self._chain = folder, plan, chain
         self._lock = threading.Lock()
         self._watch = Watch(folder.progress, plan, state, sites=sites)
 
@@ -55,27 +51,15 @@ class Witness:
             self._watch.stored(state)
 
     def __call__(self, event: Event) -> None:
-        """Record an event; wait where the study is paused and a stage was closed."""
+        """Record an event and show it."""
         self._record(event)
         with self._lock:
             self._watch(event)
-        if isinstance(event, StageClosed) and event.record.stage != "release":
-            self.heed_pause()
-
-    def heed_pause(self) -> None:
-        """Wait while the study is paused."""
-        if not self._folder.paused.exists():
-            return
-        logger.info("the study is paused")
-        self._say("paused")
-        while self._folder.paused.exists():
-            self._sleep(PAUSE_S)
-        logger.info("the study goes on")
-        self._say("running")
 
     def failed(self, reason: str) -> None:
         """The run ends without the study being finished."""
-        self._say("failed", reason)
+        with self._lock:
+            self._watch.say("failed", reason)
 
     @contextmanager
     def presence(self, superlink: SuperLink) -> Iterator[None]:
@@ -101,19 +85,16 @@ class Witness:
             if over.wait(PRESENCE_S):
                 return
 
-    def _say(self, phase: Phase, note: str = "") -> None:
-        """Tell whoever looks at the progress."""
-        with self._lock:
-            self._watch.say(phase, note)
-
     def _record(self, event: Event) -> None:
         """What an event leaves in audit and log."""
         match event:
             case StageOpened():
-                self._note("task_sent", event, attempt=event.attempt, nodes=event.nodes)
+                facts = {"attempt": event.attempt, "nodes": event.nodes, "bytes": event.size}
+                self._note("task_sent", event, digest=event.digest, **facts)
             case SiteAnswered():
                 answer = event.answer
-                self._note("answer_received", event, site=answer.site, bytes=answer.bytes_up)
+                size, digest = answer.bytes_up, event.digest
+                self._note("answer_received", event, site=answer.site, bytes=size, digest=digest)
             case SiteFailed():
                 site, code = event.failure.site, event.failure.code
                 reason = event.failure.reason[:MAX_REASON]

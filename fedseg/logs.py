@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 FIELDS = "fields"
 _LONGEST = 32_000_000
-_TALKATIVE = ("httpx", "httpcore")  # a line a request
+_TALKATIVE = ("httpx", "httpcore", "flwr")  # a line a request
 
 
 def configure(
@@ -56,7 +56,8 @@ class _JsonLines(logging.Formatter):
         }
         fields = getattr(record, FIELDS, None)
         if isinstance(fields, dict):
-            line |= {str(key): value for key, value in fields.items() if key not in line}
+            said = {str(key): value for key, value in fields.items() if value is not None}
+            line |= {key: value for key, value in said.items() if key not in line}
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
