@@ -151,7 +151,9 @@ def _looked_at(
         f"be used, {record.unlisted} could not be listed, {warnings} warnings"
     )
     if record.left_out or record.unlisted or warnings:
-        typer.echo(f"`fedseg-site check {data}` names each with its remedy")
+        named = f" --table {table}" if table else ""
+        plan_file = folder.plan(plan.study)
+        typer.echo(f"each with its remedy: fedseg-site check {data}{named} --plan {plan_file}")
     return record
 
 

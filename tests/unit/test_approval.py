@@ -165,7 +165,10 @@ class TestApprove:
         (data / "images" / "c2.nii.gz").write_bytes(b"no image")
         shown = approve(one, "--data", data)
         assert "2 patients are left out whole; 2 images cannot be used, 0 could not" in shown
-        assert "P-c" not in shown and "c1" not in shown
+        hint = shown.partition("fedseg-site ")[2].splitlines()[0]
+        checked = run(*hint.split()).stdout  # what it says to type finds what it counted
+        assert "2 errors" in checked
+        assert "P-c" not in shown
         assert load_record(one.folder, "tiny", one.consortium.plan).left_out == 2
 
     def test_data_without_a_usable_patient_are_refused(self, one: Member, tmp_path: Path) -> None:
