@@ -127,5 +127,5 @@ def _whole(last: int) -> list[int]:
     if last <= 1:
         return [1]
     step = max(1, round(ticks(0, last, 6)[1]))
-    inner = [n for n in range(step, last, step) if n > 1 and last - n >= step * 0.6]
+    inner = [n for n in range(step, last, step) if min(n - 1, last - n) >= step * 0.6]
     return [1, *inner, last]

@@ -155,7 +155,7 @@ def failure_lines(progress: Progress) -> tuple[FailureLine, ...]:
     for (site, stage, code), group in groupby(sorted(entries, key=key), key):
         same = list(group)
         what, advice = words.code_words(code)
-        rounds = words.spans(entry.round for entry in same)
+        rounds = words.spans(entry.round for entry in same if entry.round) or "–"
         last = max(same, key=lambda entry: order[id(entry)])
         line = FailureLine(
             site, rounds, words.STAGES.get(stage, stage), code, what, advice, last.at

@@ -16,12 +16,18 @@ function span(seconds) {
   return `${Math.floor(hours / 24)} d`;
 }
 
+function age(seconds) {
+  if (seconds < 5) return "just now";
+  const hours = Math.round(seconds / 3600);
+  return `${seconds < 10800 || hours >= 48 ? span(seconds) : `${hours} h`} ago`;
+}
+
 function tellTimes() {
   for (const time of document.querySelectorAll("time")) {
     const at = new Date(time.dateTime);
     const seconds = (Date.now() - at) / 1000;
     if (!time.title) time.title = at.toLocaleString();
-    if ("ago" in time.dataset) time.textContent = seconds < 5 ? "just now" : `${span(seconds)} ago`;
+    if ("ago" in time.dataset) time.textContent = age(seconds);
     if ("for" in time.dataset) time.textContent = span(seconds);
   }
 }
