@@ -5,8 +5,8 @@ from __future__ import annotations
 import typer
 
 from fedseg.shell import run
-from sites import check
-from sites.commands import audit, enrolment, models, plans
+from sites import check, doctor
+from sites.commands import audit, control, enrolment, models, plans
 
 HELP = "Check a hospital's data, take part in studies on its own terms, and use their models."
 
@@ -22,6 +22,14 @@ app.command("join", epilog=enrolment.JOIN_EPILOG)(enrolment.join)
 app.command("studies", epilog=enrolment.STUDIES_EPILOG)(enrolment.studies)
 app.add_typer(plans.app, name="plan")
 app.command("check", epilog=check.CHECK_EPILOG)(check.check)
+app.command("doctor", epilog=doctor.DOCTOR_EPILOG)(doctor.doctor)
+app.command("run", epilog=control.RUN_EPILOG)(control.run)
+app.command("status", epilog="Example:  fedseg-site status --watch")(control.status)
+app.command("pause", epilog="Example:  fedseg-site pause")(control.pause)
+app.command("resume", epilog="Example:  fedseg-site resume")(control.resume)
+app.command("stop", epilog="Example:  fedseg-site stop")(control.stop)
+app.command("trainer", epilog="Example:  fedseg-site trainer --site SITEDIR")(control.trainer)
+app.command("relay", epilog="Example:  fedseg-site relay lung --site SITEDIR")(control.relay)
 app.command("predict", epilog=models.PREDICT_EPILOG)(models.predict)
 app.add_typer(audit.audit, name="audit")
 app.add_typer(audit.backup, name="backup")
