@@ -1,11 +1,15 @@
 # make demo      a five-hospital study on generated phantoms, or on DATA=DIR; report in demo/study/report.html
+# make federation a coordinator and three hospitals as processes, over TLS, from enrolment to model
 # make test      everything that must hold, within minutes
 # make test-slow the full counts
+# make faults    60 kills, cuts and full disks in one running federation; table in faults/
 # make locks     what the containers install, with hashes, anew from pyproject.toml
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= demo
+FEDERATION ?= federation
+FAULTS ?= faults
 DATA   ?=
 STUDY  ?=
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -14,7 +18,7 @@ LOCK    = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gene
           --no-emit-index-url --no-emit-find-links --custom-compile-command 'make locks' --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv system demo lint types test test-slow locks clean
+.PHONY: help venv system demo federation faults lint types test test-slow locks clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -31,10 +35,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 system:
 	apt-get update -qq
-	apt-get install -y -qq --no-install-recommends chromium
+	apt-get install -y -qq --no-install-recommends chromium nginx-light faketime iproute2
 
 demo: venv
 	OMP_NUM_THREADS=1 $(BIN)/fedseg demo --out $(OUT) $(if $(DATA),--data $(DATA)) $(if $(STUDY),--study $(STUDY))
+
+federation: venv
+	OMP_NUM_THREADS=1 $(BIN)/fedseg federation --out $(FEDERATION)
+
+faults: venv
+	OMP_NUM_THREADS=1 $(BIN)/python tests/integration/faulting.py $(FAULTS) 60 1
 
 lint: venv
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from fedseg import __version__
-from fedseg.commands import demo, models, phantoms, plans, simulations
+from fedseg.commands import demo, federation, models, phantoms, plans, simulations
 from fedseg.shell import run
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 app.add_typer(plans.app, name="plan")
 app.command("demo", epilog=demo.EPILOG)(demo.run)
+app.command("federation", epilog=federation.EPILOG)(federation.run)
 app.command("phantoms", epilog=phantoms.EPILOG)(phantoms.write)
 app.command("simulate", epilog=simulations.EPILOG)(simulations.run)
 app.command("evaluate", epilog=models.EVALUATE_EPILOG)(models.evaluate)
