@@ -37,7 +37,7 @@ class Settings(Frozen):
     study: Name
     host: str = Field(min_length=1, max_length=253)
     port: Port = 443
-    listen: str = "0.0.0.0"
+    listen: str = Field("0.0.0.0", max_length=45)
     superlink_port: Port = 8000
     created: str
 
@@ -324,7 +324,7 @@ def _first(error: ValidationError) -> str:
     """The first field that is wrong, and why."""
     first = error.errors(include_url=False, include_input=False)[0]
     field = ".".join(str(part) for part in first["loc"]) or "file"
-    return f"{field}: {first['msg'].removeprefix('Value error, ')}"
+    return f"{ascii(field)[1:-1]}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def _is_address(text: str) -> bool:

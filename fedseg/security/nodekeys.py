@@ -49,7 +49,7 @@ def public_line(path: Path) -> str:
     data = read_secret(path)
     try:
         key = load_ssh_private_key(data, None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except (ValueError, TypeError, NotImplementedError, UnsupportedAlgorithm):
         raise TrustError(f"{path.name} is not an OpenSSH key without a passphrase") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise TrustError(f"{path.name} is not an EC key, which Flower asks for")
@@ -64,7 +64,7 @@ def check_public_line(line: str) -> str:
     """
     try:
         key = load_ssh_public_key(line.encode("ascii")) if len(line) <= MAX_LINE else None
-    except (ValueError, UnsupportedAlgorithm):
+    except (ValueError, NotImplementedError, UnsupportedAlgorithm):  # a compressed point, say
         key = None
     if not isinstance(key, ec.EllipticCurvePublicKey) or _line(key) != line:
         raise TrustError("the node key is not a plain OpenSSH line of a NIST EC key")
