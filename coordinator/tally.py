@@ -16,6 +16,7 @@ from fedseg.plan import Frozen, StudyPlan
 from fedseg.result import SiteAnswer, SiteFailure, StageRecord
 
 RECENT = 5
+COUNTED = ("enlist", "train")  # stages whose answers tell the training patients
 NOT_ASKED = frozenset({"offline"})
 
 
@@ -198,7 +199,7 @@ def _site(name: str, parts: Sequence[Asked], sighting: Sighting) -> SiteProgress
     return SiteProgress(
         name=name,
         sighting=sighting,
-        patients=next((a.patients for r, a in answers[::-1] if r.stage == "enlist"), None),
+        patients=next((a.patients for r, a in answers[::-1] if r.stage in COUNTED), None),
         answers=len(answers),
         failures=len(failures),
         last_failure=failures[-1] if failures else None,

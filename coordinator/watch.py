@@ -13,9 +13,18 @@ from datetime import UTC, datetime
 from itertools import zip_longest
 from pathlib import Path
 
-from coordinator.events import Event, SiteAnswered, SiteFailed, StageClosed, StageOpened
+from coordinator.events import (
+    Event,
+    Paused,
+    Resumed,
+    SiteAnswered,
+    SiteFailed,
+    StageClosed,
+    StageOpened,
+)
 from coordinator.progress import Checkpoint, Phase, Progress, load_progress, rounds_closed
 from coordinator.tally import (
+    NOT_ASKED,
     OpenStage,
     Sighting,
     StageProgress,
@@ -64,6 +73,7 @@ class Watch:
         self._open: OpenStage | None = None
         self._answers: list[SiteAnswer] = []
         self._failures: list[SiteFailure] = []
+        self._size = 0
         self._phase: Phase = "finished" if state.position is None else "waiting"
         self._note = ""
         before = _before(path, plan)
@@ -85,6 +95,10 @@ class Watch:
                 self._failed(event.failure)
             case StageClosed():
                 self._closed(event)
+            case Paused():
+                self._phase, self._note = "paused", ""
+            case Resumed():
+                self._phase, self._note = "running", ""
         self._write()
 
     def stored(self, state: StudyState) -> None:
@@ -95,6 +109,9 @@ class Watch:
             round=rounds_closed(state.position, self._plan),
         )
         self._position, self._history = state.position, state.history
+        if self._position is None:  # a release that is offered again is stored, and not closed
+            self._phase, self._open = "finished", None
+        self._write()
 
     def enrolled(self, sites: Iterable[str]) -> None:
         """The roll changed: these sites are enrolled now."""
@@ -139,17 +156,27 @@ class Watch:
         )
 
     def _opened(self, event: StageOpened) -> None:
-        """A task goes out."""
-        self._phase, self._note = "running", ""
+        """A task goes out: of the stage that is due, or beside it to those who come late."""
+        if self._position is not None:
+            self._phase, self._note = "running", ""
         self._answers, self._failures = [], []
+        self._size = event.size
         self._open = OpenStage(
             round=event.round,
             stage=event.stage,
             attempt=event.attempt,
             since=self._time(),
             nodes=event.nodes,
-            waiting_for=self._names(),
+            waiting_for=self._asked(event),
         )
+
+    def _asked(self, event: StageOpened) -> tuple[str, ...]:
+        """Who is to answer, as far as that is known by name."""
+        if self._position is None:  # the release again, to those who lack it
+            have = {answer.site for answer in self._history[-1].answers}
+            return tuple(name for name in self._names() if name not in have)
+        late = event.stage == "enlist" and self._position.stage != "enlist"
+        return () if late else self._names()
 
     def _answered(self, answer: SiteAnswer) -> None:
         """A site answered: it is here."""
@@ -186,11 +213,12 @@ class Watch:
         record = self._open_record(self._open)
         answered = tuple(sorted(answer.site for answer in self._answers))
         done = {*answered, *(failure.site for failure in self._failures)}
+        waiting = tuple(name for name in self._open.waiting_for if name not in done)
         self._open = self._open.model_copy(
             update={
                 "answered": answered,
                 "failures": tuple(failure_entry(record, f, self._time()) for f in self._failures),
-                "waiting_for": tuple(name for name in self._names() if name not in done),
+                "waiting_for": waiting,
             }
         )
 
@@ -206,11 +234,12 @@ class Watch:
 
     def _open_record(self, stage: OpenStage) -> StageRecord:
         """The open stage as a record."""
+        reached = sum(failure.code not in NOT_ASKED for failure in self._failures)
         return StageRecord(
             round=stage.round,
             stage=stage.stage,
             attempt=stage.attempt,
-            bytes_down=0,
+            bytes_down=self._size * (len(self._answers) + reached),
             bytes_up=sum(answer.bytes_up for answer in self._answers),
             answers=tuple(self._answers),
             failures=tuple(self._failures),

@@ -50,7 +50,9 @@ def notices(progress: Progress | None, situation: Situation) -> tuple[Notice, ..
     if situation.damaged:
         return (Notice("stop", "The study's progress cannot be read.", situation.damaged),)
     found = [Notice("look", f"{text[:1].upper()}{text[1:]}.") for text in situation.ending]
-    if progress is not None and not progress.finished:
+    if progress is not None and progress.finished:
+        found += _undelivered(progress)
+    elif progress is not None:
         found += (*_standing(progress, situation), *_stage(progress, situation), *_away(progress))
     order = ("stop", "look", "know")
     return tuple(sorted(found, key=lambda notice: order.index(notice.level)))
@@ -112,6 +114,15 @@ def _away(progress: Progress) -> Iterator[Notice]:
             f"{listed(away)} {are} not on line.",
             "The hospital's IT finds out more with `fedseg-site status`.",
         )
+
+
+def _undelivered(progress: Progress) -> Iterator[Notice]:
+    """To whom has the final model not come?"""
+    if progress.stages and (last := progress.stages[-1]).stage == "release":
+        lacking = [site.name for site in progress.sites if site.name not in last.answered]
+        if lacking:
+            what = f"The final model has not reached {listed(lacking)} yet."
+            yield Notice("know", what, "It is offered again as soon as they are on line.")
 
 
 def _usual(stage: OpenStage, stages: tuple[StageProgress, ...]) -> float | None:

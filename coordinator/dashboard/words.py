@@ -33,14 +33,13 @@ CODES = {
     "plan": ("Has not approved this plan", "`fedseg-site plan show`, then approve or refuse."),
     "roster": ("Has not approved the new list of hospitals", "`fedseg-site plan approve` again."),
     "task": ("Did not accept the task", "The hospital's audit log has the reason."),
-    "policy": ("Its own rules do not allow the task", "The hospital's audit log has the reason."),
     "not_finite": ("Training gave numbers without a value", "Is the learning rate too high?"),
     "overflow": ("Its update is too large to be added up", "Is the learning rate too high?"),
     "malformed": ("Sent something that is no answer", "Do both sides run the same version?"),
     "stale": ("Answered an earlier task", "It is left out; nothing is counted twice."),
-    "site": ("Answered under another name", "Two machines may share one enrolment."),
+    "site": ("Is not who it says it is", "Was it revoked, or do two machines share its keys?"),
     "stage": ("Answered another question", "Do both sides run the same version?"),
-    "envelope": ("Its answer could not be opened", "Was the hospital enrolled again?"),
+    "signature": ("Its signature does not hold", "Nothing of it was counted. Whose machine is it?"),
 }
 
 
@@ -75,7 +74,7 @@ def stage_line(stage: OpenStage, total: int) -> str:
 def answered_line(stage: OpenStage) -> str:
     """Who has answered and who is waited for."""
     done = len(stage.answered)
-    total = done + len(stage.waiting_for) + len(stage.failures)
+    total = max(stage.nodes, done + len(stage.waiting_for) + len(stage.failures))
     said = f"{done} of {count(total, 'hospital')} {'has' if total == 1 else 'have'} answered."
     if stage.waiting_for:
         said += f" Waiting for {listed(stage.waiting_for)}."

@@ -404,6 +404,12 @@ class TestNotices:
         assert "2 hospitals must answer, and only 1 can." in said
         assert "site_a and site_b are not on line." in said
 
+    def test_a_hospital_that_lacks_the_final_model(self) -> None:
+        stages = (stage(3, "release", failing=("site_c",)),)
+        shown = progress_with(phase="finished", open=None, stages=stages)
+        (found,) = notices(shown, Situation())
+        assert found.what == "The final model has not reached site_c yet."
+
     def test_a_stage_that_takes_far_longer_than_usual(self) -> None:
         (found,) = notices(progress_with(), Situation(open_s=500.0))
         assert "usually takes 2 min" in found.what and "site_b and site_c" in found.what

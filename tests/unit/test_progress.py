@@ -9,10 +9,24 @@ import pytest
 from pure_studies import SITES, answers_of
 from small_plans import built_plan, tiny_model
 
-from coordinator.events import SiteAnswered, SiteFailed, StageClosed, StageOpened
+from coordinator.events import (
+    Paused,
+    Resumed,
+    SiteAnswered,
+    SiteFailed,
+    StageClosed,
+    StageOpened,
+)
 from coordinator.progress import load_progress
 from coordinator.watch import Watch
-from fedseg.aggregation.rounds import Outcome, StudyState, close_stage, first_state, schedule
+from fedseg.aggregation.rounds import (
+    Outcome,
+    StudyState,
+    also_received,
+    close_stage,
+    first_state,
+    schedule,
+)
 from fedseg.errors import TrustError
 from fedseg.plan import StudyPlan
 from fedseg.result import SiteAnswer, SiteFailure
@@ -220,6 +234,49 @@ def test_a_study_to_its_end(tmp_path: Path) -> None:
     assert found.finished and found.rounds_closed == 3 and found.left_s == 0.0
     assert found.checkpoint.round == 3
     assert found.open is None
+
+
+def test_a_release_that_is_offered_again_leaves_the_study_finished(tmp_path: Path) -> None:
+    plan, clock, path = built_plan(), Clock(), tmp_path / "progress.json"
+    state = first_state(plan, tiny_model())
+    watch = watch_of(path, plan, state, clock)
+    while state.position is not None:
+        failing = ("site_c",) if state.position.stage == "release" else ()
+        state = run_stage(watch, plan, state, clock, failing=failing)
+    assert read(path).stages[-1].answered == ("site_a", "site_b")
+    watch(StageOpened(3, "release", 1, 1, size=500))
+    assert read(path).finished and read(path).open.waiting_for == ("site_c",)
+    answer = SiteAnswer(site="site_c", patients=0, bytes_up=70)
+    watch(SiteAnswered(3, "release", answer))
+    assert read(path).open.waiting_for == ()
+    watch.stored(also_received(state, Outcome(500, (answer,), ())))
+    found = read(path)
+    assert found.finished and found.open is None
+    assert found.stages[-1].answered == SITES
+    assert found.stages[-1].timing.wall_s == 10.0
+
+
+def test_late_sites_sign_in_beside_the_stage_that_is_due(tmp_path: Path) -> None:
+    plan, clock, path = built_plan(), Clock(), tmp_path / "progress.json"
+    state = first_state(plan, tiny_model())
+    watch = watch_of(path, plan, state, clock)
+    state = run_stage(watch, plan, state, clock)
+    watch(StageOpened(0, "enlist", 1, 1))
+    assert read(path).open.waiting_for == ()
+    watch(StageOpened(1, "train", 1, 3, size=900))
+    assert read(path).open.waiting_for == SITES
+    before = read(path).site("site_a").bytes_down
+    watch(SiteAnswered(1, "train", SiteAnswer(site="site_a", patients=2, bytes_up=70)))
+    assert read(path).site("site_a").bytes_down - before == 900
+
+
+def test_a_pause_is_told(tmp_path: Path) -> None:
+    plan, clock, path = built_plan(), Clock(), tmp_path / "progress.json"
+    watch = watch_of(path, plan, first_state(plan, tiny_model()), clock)
+    watch(Paused())
+    assert read(path).phase == "paused"
+    watch(Resumed())
+    assert read(path).phase == "running"
 
 
 def test_a_full_disk_does_not_stop_the_study(
