@@ -90,6 +90,7 @@ class Daemon:
         self._roll: bytes | None = None
         self._tls = self._certificate()
         self._paused = folder.paused.exists()
+        self._enrolled, self._needed = 0, folder.plan().aggregation.minimum_sites
         self._nodes: tuple[NodeReport, ...] = ()
         self._look_at = self._nodes_at = self._warn_at = 0.0
         self._trouble = ""
@@ -125,7 +126,7 @@ class Daemon:
             self._warn(now)
             if self._supervisor.states()[SUPERLINK].ready:
                 self._watch_superlink(now)
-            self._trouble = ""
+            self._trouble = self._lack()
         except FedsegError as error:
             if str(error) != self._trouble:
                 logger.warning("%s", error)
@@ -139,7 +140,8 @@ class Daemon:
             self._runs.lost()
             self._roll, self._life = None, life
         self._watch_roll()
-        self._runs.turn(now)
+        if self._enrolled >= self._needed:
+            self._runs.turn(now)
         if now >= self._nodes_at:
             self._nodes_at = now + _NODES_S
             self._nodes = tuple(
@@ -152,14 +154,21 @@ class Daemon:
         data = self._folder.registry.read_bytes()
         if data == self._roll:
             return
-        changed = self._superlink.reconcile(current_roll(self._folder).roll)
-        self._roll, self._nodes_at = data, 0.0
+        roll = current_roll(self._folder).roll
+        changed = self._superlink.reconcile(roll)
+        self._roll, self._nodes_at, self._enrolled = data, 0.0, len(roll.sites)
         for site in changed.registered:
             self._say("a node was registered", site=site)
         for site in changed.removed:
             self._say("a node was removed", site=site)
         if changed.registered:
             self._runs.again()
+
+    def _lack(self) -> str:
+        """What the study cannot begin without."""
+        if self._roll is None or self._enrolled >= self._needed:
+            return ""
+        return f"the plan needs {self._needed} sites, {self._enrolled} are enrolled: enrol more"
 
     def _watch_flags(self) -> None:
         """Record that the study was paused or resumed; the ServerApp looks at the flag itself."""
@@ -194,6 +203,7 @@ class Daemon:
             superlink_environment(folder),
             folder.log(SUPERLINK),
             ready=lambda: listens(settings.superlink_port),
+            backoff_s=0.2,
             max_backoff_s=15.0,
             folder=folder.flower,
         )
@@ -206,6 +216,7 @@ class Daemon:
             proxy_command(folder, nginx),
             proxy_environment(),
             folder.log(PROXY),
+            backoff_s=0.2,
             max_backoff_s=15.0,
             folder=folder.proxy,
         )

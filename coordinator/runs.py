@@ -2,8 +2,8 @@
 
 Flower does not resume a run whose SuperLink or ServerApp died, and it notices the latter after a
 minute. The lock that the ServerApp holds tells at once: where nobody holds it, nobody works on the
-study, and a new run is submitted, which goes on from the checkpoint. Runs that end without having
-moved the study are submitted less and less often.
+study, and a new run is submitted, which goes on from the checkpoint. Runs that end one after the
+other without having moved the study are submitted less and less often.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Runs:
         finished = how.startswith(COMPLETED)
         moved = self._mark() != self._before
         self._idle = 0 if moved else self._idle + 1
-        wait = 0.0 if moved else min(2.0 ** (self._idle - 1), LONGEST_WAIT_S)
+        wait = 0.0 if self._idle < 2 else min(2.0 ** (self._idle - 2), LONGEST_WAIT_S)
         self._run, self._next = None, now + wait
         said = "the study is finished" if finished else f"the next follows in {wait:.0f} s"
         self._tell(f"run {self.state.number} has ended ({_first_line(how)}); {said}")

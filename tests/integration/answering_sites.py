@@ -142,7 +142,7 @@ class Site:
         return {name: 0.1 * value for name, value in tiny_model(seed).items()}
 
     @property
-    def study_key(self):  # noqa: ANN201
+    def study_key(self):
         return load_signing_key(self.study.study_key).public
 
     def close(self) -> None:
@@ -156,7 +156,7 @@ def _door(handle: Callable[[bytes], bytes]) -> type[BaseHTTPRequestHandler]:
     class Door(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def do_POST(self) -> None:  # noqa: N802
+        def do_POST(self) -> None:
             said = handle(self.rfile.read(int(self.headers["Content-Length"])))
             self.send_response(200)
             self.send_header("Content-Length", str(len(said)))
