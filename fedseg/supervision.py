@@ -180,8 +180,9 @@ class Supervisor:
         """End every program, in the reverse of the order they were given in; waits for it."""
         for name in reversed(list(self._lives)):
             self.stop(name, grace_s)
-            while self._lives[name].process is not None:
-                self._turn(self._lives[name], self._clock())
+            life = self._lives[name]  # one that was leaving is forgotten when it ends
+            while life.process is not None:
+                self._turn(life, self._clock())
                 time.sleep(_TURN_S)
         self._sweeps = _SWEEPS
         while self._sweeps:

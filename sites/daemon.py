@@ -169,7 +169,8 @@ class Daemon:
     def _sentence(self, study: str) -> str:
         """How a relay does, in words."""
         if study in self._idle:
-            return self._idle[study]
+            ending = self._supervisor.states().get(study_program(study), State()).pid is not None
+            return f"ending: {self._idle[study]}" if ending else self._idle[study]
         word = self._word(study)
         since = self._refused[study].since
         if word != "on line" and since is not None:
@@ -240,7 +241,8 @@ def run_daemon(folder: SiteFolder, place: Place, device: str) -> None:
         )
     make_folder(folder.run, SHARED_FOLDER)
     with sole(folder.pid, "a daemon runs in this folder"):
-        folder.stop.unlink(missing_ok=True)
+        for old in (folder.stop, folder.status):
+            old.unlink(missing_ok=True)
         asked: list[int] = []
         for wanted in (signal.SIGTERM, signal.SIGINT):
             signal.signal(wanted, lambda number, _frame: asked.append(number))

@@ -153,7 +153,7 @@ class Hospital:
         """Its signing key."""
         return load_signing_key(self.folder.signing_key)
 
-    def gate(self) -> Gate:
+    def gate(self, chronicle: Chronicle | None = None) -> Gate:
         """A gate, as a trainer that was just started opens it."""
         keys = Keys(self.signing, load_receiving_key(self.folder.receiving_key))
         chain = Chain(self.folder.audit, keys.signing, lambda: text(self.now))
@@ -162,7 +162,7 @@ class Hospital:
             self.consortium.plan.study,
             self.own,
             keys,
-            chronicle=Chronicle(chain),
+            chronicle=chronicle or Chronicle(chain),
             now=lambda: self.now,
             make_trainer=make_trainer,
         )
@@ -201,14 +201,16 @@ class Hospital:
         return [entry for entry in entries if entry.event == event]
 
 
-def hospital(path: Path, data: Path, consortium: Consortium | None = None) -> Hospital:
+def hospital(
+    path: Path, data: Path, consortium: Consortium | None = None, **where: Any
+) -> Hospital:
     """Found a site, have it join a study and approve it on a folder of phantoms."""
     consortium = consortium or Consortium(*tiny_built())
     folder = SiteFolder(path)
     own = found(folder, NAME, text(NOW))
     folder.policy.write_text("privacy_none: true\n")
     roll = consortium.roll(own)
-    joined(folder, consortium, roll)
+    joined(folder, consortium, roll, **where)
     approved(folder, consortium, data)
     return Hospital(folder, consortium, roll, own)
 
