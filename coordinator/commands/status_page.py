@@ -81,7 +81,9 @@ def _sites(seen: Snapshot, now: datetime) -> RenderableType:
     told = {site.name: site for site in seen.progress.sites} if seen.progress else {}
     nodes = {node.site: node for node in seen.daemon.nodes} if seen.daemon else {}
     if not told and not nodes:
-        return Text("No site is enrolled yet: fedseg-coordinator enrol REQUEST", style="dim")
+        return Text(
+            "No site is on line yet: `fedseg-coordinator sites` says who is enrolled", style="dim"
+        )
     table = Table("Site", "On line", "Last seen", header_style="bold", box=None, pad_edge=False)
     for column in ("Patients", "Dice", "Answers", "Failed"):
         table.add_column(column, justify="right")
