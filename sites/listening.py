@@ -86,9 +86,13 @@ def run_trainer(folder: SiteFolder, place: Place, device: str = "cpu") -> None:
                 make_trainer=partial(make_trainer, device=device),
             )
 
-        desk = Desk(folder, open_gate, partial(closed_because, folder))
+        def refused(reason: str) -> None:
+            chronicle.provoked("refused", code="stranger", reason=reason)
+
+        desk = Desk(folder, open_gate, partial(closed_because, folder), refused)
         with opened_place(folder, place) as (listener, token):
             chronicle.write("started", site=own.name)
+            desk.warm_up()
             _watch(folder, chronicle)
             _serve(make_server(folder, desk, token), listener)
         chronicle.close()

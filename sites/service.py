@@ -18,10 +18,14 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import asdict
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from h11 import LocalProtocolError
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -39,21 +43,24 @@ SILENCE_S = 60.0
 MOST_WAITING = 16
 Opens = Callable[[str], Gate]
 Reason = Callable[[], str | None]
+Tell = Callable[[str], None]
 
 
 class Desk:
     """The gates of all joined studies, and the one thread that works on tasks."""
 
-    def __init__(self, folder: SiteFolder, open_gate: Opens, closed: Reason) -> None:
+    def __init__(self, folder: SiteFolder, open_gate: Opens, closed: Reason, refused: Tell) -> None:
         """Make a desk; nothing is opened before it is asked for.
 
         Args:
             open_gate: opens the gate of a joined study.
             closed: why no task is taken just now, such as "paused"; None while they are.
+            refused: audits what is turned away before it reaches a gate; told the reason.
         """
-        self._folder, self._open_gate, self.closed = folder, open_gate, closed
+        self._folder, self._open_gate = folder, open_gate
+        self.closed, self.refused = closed, refused
         self._gates: dict[str, tuple[tuple[int, int], Gate]] = {}
-        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self.waiting = 0
         threading.Thread(target=self._run, daemon=True, name="fedseg-tasks").start()
@@ -93,6 +100,10 @@ class Desk:
             return await asyncio.shield(asyncio.wrap_future(answer))
         finally:
             self.waiting -= 1
+
+    def warm_up(self) -> None:
+        """Import what training needs before the first task asks for it: it takes seconds."""
+        self._jobs.put(lambda: find_spec("torch") and import_module("sites.trainer"))
 
     @property
     def doing(self) -> Doing | None:
@@ -136,8 +147,13 @@ def make_service(folder: SiteFolder, desk: Desk, token: str | None = None) -> AS
         Route("/health", health, methods=["GET"]),
         Route("/status", status, methods=["GET"]),
     ]
-    service = Starlette(routes=routes, exception_handlers={500: _internal})
-    return service if token is None else _Guarded(service, token)
+    service = Starlette(
+        routes=routes,
+        middleware=[Middleware(_AnsweredAlready, desk.refused)],
+        exception_handlers={500: _internal},
+    )
+    service.router.redirect_slashes = False  # a redirect would repeat the name that was asked for
+    return service if token is None else _Guarded(service, token, desk.refused)
 
 
 async def _task(folder: SiteFolder, desk: Desk, request: Request) -> Response:
@@ -161,9 +177,11 @@ async def _answered(folder: SiteFolder, desk: Desk, request: Request) -> Respons
     study = request.path_params["study"]
     gate = desk.gate(study)
     if gate is None:
+        desk.refused("a task came for a study that is not joined")
         return _status(404)
     envelope = await _spooled(request, folder.spool(study), gate.max_bytes)
     if envelope is None:
+        desk.refused(f"a task of {study} came that is larger than its plan allows")
         return _status(413)
     return _response(await desk.handle(gate, envelope))
 
@@ -240,17 +258,33 @@ async def _internal(_request: Request, error: Exception) -> Response:
     return _status(500)
 
 
+class _AnsweredAlready:
+    """Says nothing where the web server itself has answered a body that it could not read."""
+
+    def __init__(self, service: ASGIApp, refused: Tell) -> None:
+        self._service, self._refused = service, refused
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        try:
+            await self._service(scope, receive, send)
+        except LocalProtocolError:
+            self._refused("a request came whose body is malformed")
+
+
 class _Guarded:
     """Asks every request for a token."""
 
-    def __init__(self, service: ASGIApp, token: str) -> None:
+    def __init__(self, service: ASGIApp, token: str, refused: Tell) -> None:
         self._service, self._expected = service, b"Bearer " + token.encode()
+        self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 401."""
         if scope["type"] == "http":
             given: list[Any] = [v for k, v in scope["headers"] if k == b"authorization"]
             if len(given) != 1 or not hmac.compare_digest(given[0], self._expected):
+                self._refused("a request came without the token")
                 await Response(status_code=401)(scope, receive, send)
                 return
         await self._service(scope, receive, send)

@@ -33,7 +33,7 @@ def make_dashboard(
         local: the address is of this machine only.
         secure: it is reached over TLS, and the cookie must not travel without.
     """
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     files = {name: (TEMPLATES / name).read_bytes() for name in ("style.css", "live.js")}
 
     @app.api_route("/", methods=["GET", "HEAD"])

@@ -38,7 +38,8 @@ def site(founded: Hospital, tmp_path: Path) -> Hospital:
 def serving(site: Hospital, address: str | None = None) -> Iterator[tuple[Door, Desk]]:
     """The service of a hospital, in a thread; listens where it says."""
     folder = site.folder
-    desk = Desk(folder, lambda _study: site.gate(), lambda: closed_because(folder))
+    refused: list[str] = []
+    desk = Desk(folder, lambda _: site.gate(), lambda: closed_because(folder), refused.append)
     place = Place(address or f"unix:{folder.socket}")
     with opened_place(folder, place) as (listener, token):
         server = make_server(folder, desk, token)
