@@ -12,7 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 
 from coordinator.control import DaemonReport, NodeReport, ProgramReport
@@ -99,6 +99,7 @@ class Daemon:
     def run(self, asked: Callable[[], bool]) -> None:
         """Turn until asked to end, by a signal or by `fedseg-coordinator stop`."""
         self._folder.stop.unlink(missing_ok=True)
+        self._folder.daemon_report.unlink(missing_ok=True)  # of a daemon that was killed
         self._chain.append("started", study=self._settings.study)
         logger.info("the coordinator of %s starts", self._settings.study)
         try:
@@ -109,8 +110,7 @@ class Daemon:
             self._supervisor.stop_all()
             self._chain.append("stopped", study=self._settings.study)
             self._folder.stop.unlink(missing_ok=True)
-            with suppress(FileNotFoundError):
-                self._folder.daemon_report.unlink()
+            self._folder.daemon_report.unlink(missing_ok=True)
             logger.info("the coordinator of %s has stopped", self._settings.study)
 
     def turn(self) -> None:

@@ -224,7 +224,6 @@ def _kill_in_every_round(
             lives[-1].kill()
             lives[-1].wait()
             until(lambda pids=programs: not any(map(runs, pids)), folder, lambda: None)
-            folder.daemon_report.unlink()
             lives.append(start(folder))
         else:
             os.kill(run if victim == "run" else killed, signal.SIGKILL)  # type: ignore[arg-type]
