@@ -151,13 +151,13 @@ def _problem_with(folder: SiteFolder, door: os.stat_result) -> Verdict | None:
         return fail(
             subject,
             "every user of this machine may ask the trainer",
-            "restart the trainer: it makes its socket for its owner, or with --socket-group for a group",
+            "restart the trainer: its socket is for its owner, or for the group of --socket-group",
         )
     if not _relay_may(folder, door):
         return fail(
             subject,
             "the relay's user may not use it",
-            "put the relay's user into a group, and start the trainer with --socket-group",
+            "put the relay's user into a group, and name it to the trainer with --socket-group",
         )
     return None
 
@@ -170,6 +170,8 @@ def _relay_may(folder: SiteFolder, door: os.stat_result) -> bool:
     if relay.st_uid in {0, door.st_uid}:
         return True
     try:
+        if relay.st_uid == os.geteuid():
+            return os.access(folder.socket, os.W_OK)
         groups = os.getgrouplist(pwd.getpwuid(relay.st_uid).pw_name, relay.st_gid)
     except KeyError:
         groups = [relay.st_gid]
