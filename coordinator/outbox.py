@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -80,7 +80,8 @@ class Outbox:
             draft.replace(path)
             self._sync()
         except OSError as error:
-            draft.unlink(missing_ok=True)
+            with suppress(OSError):
+                draft.unlink()
             raise StorageError(
                 f"the task cannot be stored ({error.strerror}), so it was not sent: make room and "
                 "start the coordinator again"

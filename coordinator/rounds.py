@@ -88,6 +88,7 @@ class Study:
         self._clock = clock or Clock()
         self._exchange: Exchange = exchange or Plain()
         self._roster = Roster()
+        self._begun = False
         self._roll: SignedRoll | None = None
         self._courted: dict[int, float] = {}
 
@@ -98,8 +99,8 @@ class Study:
             RoundError: a stage failed as often as the plan allows; the last stored state stays.
         """
         self._destroy_leftovers(state)
+        self._begin_anew()
         if state.position is not None:
-            self._roll = self._exchange.adopt()
             self._wait(lambda: len(list(self._grid.get_node_ids())) >= self._expected)
             if state.position.stage != "enlist":
                 self._enlist(sorted(self._grid.get_node_ids()), ENLIST_S)
@@ -111,6 +112,8 @@ class Study:
 
     def lacking(self, state: StudyState) -> tuple[str, ...]:
         """The sites to which the released model of a finished study has not come."""
+        if not self._begun:
+            self._begin_anew()
         received = {answer.site for answer in state.history[-1].answers}
         known = {answer.site for record in state.history for answer in record.answers}
         return tuple(sorted({*self._exchange.sites, *known} - received))
@@ -124,7 +127,7 @@ class Study:
         Returns:
             The state with what came added to its last record, stored.
         """
-        if self._roll is None or self._exchange.changed():
+        if not self._begun or self._exchange.changed():
             self._begin_anew()
         self._court()
         lacking = self.lacking(state)
@@ -174,7 +177,7 @@ class Study:
 
     def _begin_anew(self) -> None:
         """Put the roll as it stands in force; nobody has enlisted under it yet."""
-        self._roll = self._exchange.adopt()
+        self._begun, self._roll = True, self._exchange.adopt()
         self._roster = Roster()
         self._courted = {}
 
@@ -183,6 +186,7 @@ class Study:
         if nodes:
             self._ask(ENLIST, partial(enlist_task, self._plan, self._roll), nodes, at_most_s)
             self._exchange.closed(ENLIST)
+            self._courted |= dict.fromkeys(nodes, self._clock.now() + COURT_AGAIN_S)
 
     def _court(self) -> None:
         """Ask nodes to enlist that have not, and were not asked a moment ago."""
@@ -190,7 +194,6 @@ class Study:
         self._courted = {node: at for node, at in self._courted.items() if node in here}
         new = [n for n in here if not self._roster.site_of(n) and now >= self._courted.get(n, now)]
         self._enlist(new, LATE_ENLIST_S)
-        self._courted |= dict.fromkeys(new, self._clock.now() + COURT_AGAIN_S)
 
     def _ask(
         self,

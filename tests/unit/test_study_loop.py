@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Error, Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.app import ConfigRecord, Error, RecordDict
+from memory_grid import Answer, Kept, MemoryGrid, Site, Time
 from pure_studies import SITES, reply, run_purely
 from small_plans import answer, body_of, built_plan, tiny_model
 
@@ -20,7 +18,7 @@ from coordinator.rounds import Study
 from fedseg.aggregation.accumulate import MAX_WEIGHT
 from fedseg.aggregation.rounds import Position, StudyState, first_state, fresh_attempts
 from fedseg.arrays import digest_of
-from fedseg.carriage import unwrap, wrap
+from fedseg.carriage import wrap
 from fedseg.errors import RoundError
 from fedseg.plan import StudyPlan
 from fedseg.updates import (
@@ -34,82 +32,6 @@ from fedseg.updates import (
 )
 
 PLAN = built_plan()
-Answer = bytes | Error | RecordDict | None
-Site = Callable[[bytes], Answer | tuple[float, Answer]]
-
-
-class Time:
-    """A clock that moves only when somebody sleeps."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def sleep(self, seconds: float) -> None:
-        assert seconds > 0
-        self.now += seconds
-
-    @property
-    def clock(self) -> Clock:
-        return Clock(now=lambda: self.now, sleep=self.sleep)
-
-
-class MemoryGrid(Grid):
-    """Nodes that answer at once or after some seconds of a false clock; None is no answer."""
-
-    def __init__(self, sites: Mapping[int, Site], time: Time) -> None:
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
-        self.sites, self.time = dict(sites), time
-        self.replies: dict[str, tuple[float, Message]] = {}
-        self.tasks: list[tuple[int, bytes]] = []
-
-    def get_node_ids(self) -> Iterable[int]:
-        return list(self.sites)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        ids = []
-        for message in messages:
-            message_id = f"{len(self.tasks)}"
-            ids.append(message_id)
-            message.metadata.__dict__["_message_id"] = message_id
-            node = message.metadata.dst_node_id
-            task = unwrap(message)
-            self.tasks.append((node, task))
-            came = self.sites[node](task)
-            delay, content = came if isinstance(came, tuple) else (0.0, came)
-            if content is not None:
-                content = wrap(content) if isinstance(content, bytes) else content
-                self.replies[message_id] = (
-                    self.time.now + delay,
-                    Message(content, reply_to=message),
-                )
-        return ids
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        due = [i for i in message_ids if i in self.replies and self.replies[i][0] <= self.time.now]
-        return [self.replies.pop(i)[1] for i in due]
-
-    def set_run(self, run: Run) -> None:
-        raise NotImplementedError
-
-    @property
-    def run(self) -> Run:
-        raise NotImplementedError
-
-    def create_message(self, *_args: Any, **_options: Any) -> Message:
-        raise NotImplementedError
-
-    def send_and_receive(self, *_args: Any, **_options: Any) -> Iterable[Message]:
-        raise NotImplementedError
-
-
-class Kept:
-    """A store in memory: every state that was saved."""
-
-    def __init__(self) -> None:
-        self.states: list[StudyState] = []
-
-    def save(self, state: StudyState) -> None:
-        self.states.append(state)
 
 
 def good(site: str, plan: StudyPlan = PLAN) -> Site:
