@@ -219,7 +219,7 @@ class Daemon:
                 log.write(f"fedseg: {BEGINS}\n")
         if happening.kind == "ended" and not happening.expected:
             level = logging.WARNING
-            if study != happening.program:
+            if study != happening.program and self._word(study) in {"refused", "certificate"}:
                 detail = f"the relay of {study} ended: {self._sentence(study)}"
         fields = {"program": happening.program, "pid": happening.pid, "status": happening.status}
         logger.log(level, "%s", detail, extra={"fields": fields})

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import uvicorn
 
@@ -59,8 +60,8 @@ class Place:
     group: str | None = None
 
 
-def run_trainer(folder: SiteFolder, place: Place, device: str = "cpu") -> None:
-    """Serve until SIGTERM.
+def run_trainer(folder: SiteFolder, place: Place, device: str = "cpu") -> NoReturn:
+    """Serve until SIGTERM, and end this process.
 
     Raises:
         BusyError: a trainer runs in this folder already.
@@ -97,9 +98,8 @@ def run_trainer(folder: SiteFolder, place: Place, device: str = "cpu") -> None:
             _serve(make_server(folder, desk, token), listener)
         chronicle.close()
         chronicle.write("stopped", site=own.name)
-    if desk.doing is not None:  # its work is lost and done again; torch must not hold us up
-        logging.shutdown()
-        os._exit(0)
+    logging.shutdown()
+    os._exit(0)  # a task that is open is lost and done again; torch must not hold the end up
 
 
 def closed_because(folder: SiteFolder) -> str | None:
