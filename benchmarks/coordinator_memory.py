@@ -1,6 +1,7 @@
 """Peak memory of the coordinator as sites grow, with a model of 30 million parameters.
 
     python benchmarks/coordinator_memory.py [--json] [--sites 2,5,10,20,50] [--rounds 2] [--out DIR]
+                                           [--sealed]
 
 For every number of sites a coordinator runs a whole study in a fresh process: the real round loop,
 checks, sums, server step and checkpoints (`coordinator.rounds.Study`), on a Grid of this script
@@ -8,7 +9,8 @@ that gives tasks away as files and hands answers over one at a time as bytes. Th
 by other processes, which know the task from its file; every site answers with values of its own.
 Given is VmHWM, the largest resident size that the kernel saw of the coordinator's process, with
 Python, numpy and Flower in it; `start` is what these take before a study begins. What Flower's own
-transport would hold besides is not in it: see the note on Flower.
+transport would hold besides is not in it: see the note on Flower. With --sealed tasks and answers
+travel as between hospitals, sealed and signed (`coordinator.exchange.SealedExchange`).
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ def main() -> None:
     out = arguments.out or Path(tempfile.mkdtemp(prefix="coordinator-memory-"))
     out.mkdir(parents=True, exist_ok=True)
     note, stamp = out / "settings.json", json.dumps([arguments.parameters, arguments.rounds])
+    stamp += " sealed" if arguments.sealed else ""
     if note.exists() and note.read_text() != stamp:
         raise SystemExit(f"{out} holds runs of other settings: give another --out")
     note.write_text(stamp)
@@ -54,6 +57,9 @@ def _measure(arguments: argparse.Namespace, sites: int, out: Path) -> dict[str, 
     with tempfile.TemporaryDirectory(dir=out) as place:
         common = ["--place", place, "--sites", str(sites), "--rounds", str(arguments.rounds)]
         common += ["--parameters", str(arguments.parameters)]
+        if arguments.sealed:
+            common.append("--sealed")
+            _enrol(Path(place), sites)
         command = [sys.executable, __file__, *common, "--role"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
         feeder = subprocess.Popen([*command, "sites"], env=environment)
@@ -70,9 +76,11 @@ def _measure(arguments: argparse.Namespace, sites: int, out: Path) -> dict[str, 
 
 def _coordinator(arguments: argparse.Namespace) -> None:
     """The process that is measured."""
+    from coordinator.exchange import Plain, SealedExchange
     from coordinator.rounds import Study
     from fedseg.aggregation.checkpoint import save_state
     from fedseg.aggregation.rounds import first_state
+    from fedseg.security.keys import load_signing_key
 
     place, sites = Path(arguments.place), int(arguments.sites[0])
     empty_mb = _status_mb("VmRSS")
@@ -84,7 +92,13 @@ def _coordinator(arguments: argparse.Namespace) -> None:
         def save(self, state: Any) -> None:
             save_state(place / "checkpoint", plan, state)
 
-    end = Study(_grid(place, sites), plan, Store(), nodes=sites).run(states.pop())
+    exchange: Any = Plain()
+    if arguments.sealed:
+        key = load_signing_key(place / "study.key")
+        outbox = place / "outbox"
+        exchange = SealedExchange(plan, key, registry=place / "registry.json", outbox=outbox)
+    study = Study(_grid(place, sites), plan, Store(), nodes=sites, exchange=exchange)
+    end = study.run(states.pop())
     answers = sum(len(stage.answers) for stage in end.history if stage.stage == "train")
     assert answers == sites * arguments.rounds, [stage.failures for stage in end.history]
     forbidden = {"torch", "monai", "ray"} & set(sys.modules)
@@ -171,6 +185,7 @@ def _sites(arguments: argparse.Namespace) -> None:
         AnswerHeader,
         Enlisted,
         Evaluated,
+        Received,
         Trained,
         open_task,
         seal_answer,
@@ -190,9 +205,12 @@ def _sites(arguments: argparse.Namespace) -> None:
         path = place / f"task-{number}"
         while not path.exists():
             time.sleep(0.01)
-        task = path.read_bytes()
+        sent = path.read_bytes()
         path.unlink()
+        task = _unsealed(place, sent) if arguments.sealed else sent
         header, model = open_task(task, plan)
+        if header.stage == "release":
+            bodies["release"] = Received(model=header.model)
         for node in range(1, sites + 1):
             delta = {}
             if header.stage == "train":
@@ -203,7 +221,60 @@ def _sites(arguments: argparse.Namespace) -> None:
             )
             while len(list(place.glob("answer-*"))) >= 4:
                 time.sleep(0.01)
-            _appear(place / f"answer-{number}-{node}", seal_answer(answer, delta))
+            data = seal_answer(answer, delta)
+            if arguments.sealed:
+                data = _sealed(place, data, sent, node)
+            _appear(place / f"answer-{number}-{node}", data)
+
+
+def _enrol(place: Path, sites: int) -> None:
+    """Keys of a study and its sites, and the registry."""
+    from fedseg.security.identity import Roll, SiteIdentity, sign_roll
+    from fedseg.security.keys import ReceivingKey, SigningKey, save_key
+    from fedseg.security.nodekeys import make_node_key
+
+    study, identities = SigningKey.generate(), []
+    save_key(place / "study.key", study)
+    for node in range(1, sites + 1):
+        signing, receiving = SigningKey.generate(), ReceivingKey.generate()
+        save_key(place / f"{node}.signing", signing)
+        save_key(place / f"{node}.receiving", receiving)
+        line = make_node_key(place / f"{node}.node")
+        keys = {"signing": signing.public.text, "sealing": receiving.public.text, "node": line}
+        identities.append(SiteIdentity(name=f"site-{node}", **keys))
+    roll = Roll(
+        study="memory",
+        version=1,
+        issued="2026-01-01T00:00:00+00:00",
+        valid_until="2036-01-01T00:00:00+00:00",
+        sites=tuple(sorted(identities, key=lambda site: site.name)),
+    )
+    (place / "registry.json").write_bytes(sign_roll(roll, study).canonical_bytes)
+
+
+def _unsealed(place: Path, envelope: bytes) -> bytes:
+    """The task, as the first site opens it."""
+    from fedseg.security.envelope import open_bytes
+    from fedseg.security.keys import load_receiving_key, load_signing_key
+
+    study, key = load_signing_key(place / "study.key"), load_receiving_key(place / "1.receiving")
+    expected: dict[str, Any] = {"kind": "task", "study": "memory", "signer": study.public}
+    expected |= {"recipient": "site-1", "key": key, "max_bytes": 2**40}
+    return open_bytes(envelope, **expected)[1]
+
+
+def _sealed(place: Path, answer: bytes, task: bytes, node: int) -> bytes:
+    """An answer as one site seals it."""
+    import io
+
+    from fedseg.security.envelope import read_header, seal_bytes
+    from fedseg.security.keys import SealingKey, load_signing_key
+
+    asked = read_header(io.BytesIO(task), max_bytes=2**40)
+    fields: dict[str, Any] = {name: getattr(asked, name) for name in ("study", "plan", "roll")}
+    fields |= {"kind": "answer", "about": asked.about, "sender": f"site-{node}"}
+    fields["recipients"] = {"coordinator": SealingKey.from_text(asked.reply_to or "")}
+    return seal_bytes(answer, signer=load_signing_key(place / f"{node}.signing"), **fields)
 
 
 _ROLES = {"coordinator": _coordinator, "sites": _sites}
@@ -301,6 +372,7 @@ def table(result: dict[str, Any]) -> str:
 def _parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sealed", action="store_true", help="as between hospitals")
     parser.add_argument("--json", action="store_true")
     parser.add_argument(
         "--sites", type=lambda text: [int(n) for n in text.split(",")], default=[2, 5, 10, 20, 50]
