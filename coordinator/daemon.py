@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 SUPERLINK, PROXY = "superlink", "proxy"
 _TURN_S = 0.05
-_LOOK_S = 0.5
+_LOOK_S = 0.25
 _NODES_S = 10.0
 _DAY_S = 86_400.0
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
