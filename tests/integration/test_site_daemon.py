@@ -23,7 +23,7 @@ from sites.standing import standing
 
 NOBODY = "127.0.0.1:9"
 COMMAND = "from sites.cli import main; main()"
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 
 
 class Daemon:
@@ -56,7 +56,7 @@ class Daemon:
         return standing(self.folder)
 
     def until(self, met: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not met(found := self.status()):
             assert time.monotonic() < deadline, found
             time.sleep(0.2)
