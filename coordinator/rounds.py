@@ -111,12 +111,15 @@ class Study:
         return state
 
     def lacking(self, state: StudyState) -> tuple[str, ...]:
-        """The sites to which the released model of a finished study has not come."""
+        """The sites to which the released model of a finished study has not come.
+
+        Where there is a roll those of it alone: who was revoked is owed nothing.
+        """
         if not self._begun:
             self._begin_anew()
         received = {answer.site for answer in state.history[-1].answers}
         known = {answer.site for record in state.history for answer in record.answers}
-        return tuple(sorted({*self._exchange.sites, *known} - received))
+        return tuple(sorted(set(self._exchange.sites or known) - received))
 
     def redeliver(self, state: StudyState) -> StudyState:
         """Offer the released model of a finished study once more to on-line sites that lack it.

@@ -17,17 +17,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, get_args
 
 from fedseg.container import write_atomically
 from fedseg.errors import StorageError, TrustError
+from fedseg.updates import StageName
 
 PLAIN_ROUNDS_KEPT = 20
 SEALED_ROUNDS_KEPT = 3
+STAGES: tuple[str, ...] = get_args(StageName)
 _SLOT = re.compile(r"(\d{6,10})-([a-z_]{1,32})")
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Slot:
     """A stage of a round."""
 
@@ -107,7 +109,7 @@ class Answers:
     @property
     def last(self) -> Slot | None:
         """The last round and stage on which work was begun, or None."""
-        return max(self._slots(), default=None)
+        return max(self._slots(), key=_place, default=None)
 
     def _clear(self, newest: int) -> None:
         """Remove what is too old to be asked for; that it was begun stays known."""
@@ -128,6 +130,11 @@ class Answers:
     def _path(self, slot: Slot, name: str, kind: str) -> Path:
         """Where something of a task lies."""
         return self._folder / slot.name / f"{name}.{kind}"
+
+
+def _place(slot: Slot) -> tuple[int, int]:
+    """Where a stage comes in a study; one that nobody knows comes first in its round."""
+    return slot.round, STAGES.index(slot.stage) if slot.stage in STAGES else -1
 
 
 def _short(reply_to: str) -> str:

@@ -265,17 +265,19 @@ def test_an_answer_to_the_first_and_to_the_second_asking_counts_once(hospitals: 
     def twice(envelope: bytes) -> Any:
         asked.append(envelope)
         if len(asked) == 1:
-            grid.time.due += [
-                (grid.time.now + 1, lambda: grid.sites.pop(13) and None),
-                (grid.time.now + 6, lambda: grid.sites.update({13: site})),
-            ]
+            grid.hidden.add(13)
+            grid.time.due.append((grid.time.now + 6, grid.hidden.clear))
         return 9.0, hospitals.sites["site_c"](envelope)
 
-    site = grid.sites[13] = hospitals.only_in("train", twice, "site_c", 1)
+    def slow(envelope: bytes) -> Any:
+        return 40.0, hospitals.sites["site_b"](envelope)
+
+    grid.sites[12] = hospitals.only_in("train", slow, "site_b", 1)
+    grid.sites[13] = hospitals.only_in("train", twice, "site_c", 1)
     last = hospitals.run()
     assert len(asked) == 2
     assert model_of(last) == model_of(UNDISTURBED)
-    assert [len(r.answers) for r in last.history] == [3] * 7
+    assert [[a.site for a in r.answers] for r in last.history] == [list(SITES)] * 7
 
 
 def test_a_site_that_was_away_at_the_opening_is_asked_when_it_comes_in_time(
@@ -439,6 +441,18 @@ def test_the_release_is_offered_until_every_site_has_it(hospitals: Hospitals) ->
     assert hospitals.left() == set()
     assert study.redeliver(done) is done
     assert len(set(hospitals.sites["site_a"].worked)) == len(hospitals.sites["site_a"].worked)
+
+
+def test_a_revoked_site_is_owed_no_model(hospitals: Hospitals) -> None:
+    def leave(event: Event) -> None:
+        if isinstance(event, StageClosed) and event.record.stage == "evaluate":
+            hospitals.grid.away.add(13)
+
+    last = hospitals.run(observe=leave)
+    study = hospitals.study(observe=nobody)
+    assert study.lacking(last) == ("site_c",)
+    hospitals.enrol("site_c")
+    assert study.lacking(study.redeliver(last)) == ()
 
 
 def test_a_site_that_was_enrolled_after_the_end_gets_the_model_too(hospitals: Hospitals) -> None:

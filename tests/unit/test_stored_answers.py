@@ -77,7 +77,7 @@ def test_old_answers_are_cleared_and_their_tasks_never_worked_on_again(answers: 
     sealed = [r for r in range(1, last + 1) if answers.sealed(Slot(r, "train"), ONE, "k")]
     assert plain == list(range(3, last + 1))
     assert sealed == list(range(last - SEALED_ROUNDS_KEPT + 1, last + 1))
-    assert answers.last == Slot(last, "train")
+    assert answers.last == Slot(last, "evaluate")
     for about in (ONE, TWO):
         with pytest.raises(TrustError):
             answers.begin(TRAIN, about, attempts=5)
