@@ -11,6 +11,7 @@ from hashlib import sha256
 from urllib.parse import parse_qs
 
 from fastapi import FastAPI, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import ASGIApp
 
@@ -20,6 +21,7 @@ from coordinator.dashboard.reading import Reader
 from fedseg.plan import StudyPlan
 
 MAX_FORM_BYTES = 1024
+LONGEST_FORM_S = 10.0
 AFTER_A_WRONG_TOKEN_S = 0.5
 
 
@@ -80,12 +82,16 @@ def _door(wrong: bool = False) -> Response:
 
 
 async def _given(request: Request) -> str:
-    """The token that the form brings; the body is bounded while it is read."""
+    """The token that the form brings; the body is bounded in size and time while it is read."""
     body = b""
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MAX_FORM_BYTES:
-            return ""
+    try:
+        async with asyncio.timeout(LONGEST_FORM_S):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > MAX_FORM_BYTES:
+                    return ""
+    except (ClientDisconnect, TimeoutError):
+        return ""
     return parse_qs(body.decode("ascii", "replace")).get("token", [""])[0].strip()
 
 

@@ -52,6 +52,8 @@ class Deployment:
         plan_file: built; its initial model lies beside it.
         data: site -> its own data folder.
         say: is told of every command before it runs.
+        environment: what every process gets besides ours.
+        under: what every command is put behind, such as a tracer that runs it.
     """
 
     folder: Path
@@ -59,6 +61,7 @@ class Deployment:
     data: Mapping[str, Path]
     say: Say = lambda _line: None
     environment: Mapping[str, str] = field(default_factory=dict)
+    under: Sequence[str] = ()
     _daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
@@ -82,19 +85,24 @@ class Deployment:
 
     def set_up(self) -> None:
         """From nothing to approved plans at every hospital: every key is made where it is used."""
-        home, study = self.coordinator.path, self.plan.study
-        if not home.exists():
-            port, inner = free_ports(2)
-            self._run(
-                *("fedseg-coordinator", "init", home, "--host", HOST, "--plan", self.plan_file),
-                *("--port", port, "--listen", LOOPBACK, "--superlink-port", inner),
-            )
+        study = self.plan.study
+        self.found()
         for name in self.data:
             self.enrol(name)
         for name in self.data:
             self.join(name)
         for name, data in self.data.items():
             self.approve(name, study, data)
+
+    def found(self) -> None:
+        """The consortium founds its study."""
+        home = self.coordinator.path
+        if not home.exists():
+            port, inner = free_ports(2)
+            self._run(
+                *("fedseg-coordinator", "init", home, "--host", HOST, "--plan", self.plan_file),
+                *("--port", port, "--listen", LOOPBACK, "--superlink-port", inner),
+            )
 
     def enrol(self, name: str) -> None:
         """A hospital makes its keys, the consortium enrols it; the request travels as a file."""
@@ -131,7 +139,7 @@ class Deployment:
         log = (self.folder / f"{name}.log").open("ab")
         with log:
             self._daemons[name] = subprocess.Popen(
-                [_script(command), "run", str(place)],
+                [*self.under, _script(command), "run", str(place)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -198,7 +206,7 @@ class Deployment:
         command, *rest = map(str, arguments)
         self.say("$ " + " ".join([command, *rest]))
         done = subprocess.run(
-            [_script(command), *rest],
+            [*self.under, _script(command), *rest],
             capture_output=True,
             text=True,
             check=False,

@@ -53,7 +53,7 @@ def talk(connect: Connect, data: bytes) -> bytes:
         peer.sendall(data)
         while chunk := peer.recv(65536):
             received += chunk
-    return received
+    return re.sub(rb"^HTTP/1\.1 100 .*?\r\n\r\n", b"", received, flags=re.DOTALL)
 
 
 def talk_all(connect: Connect, inputs: list[bytes]) -> list[bytes]:
@@ -69,6 +69,9 @@ def parts(answer: bytes) -> tuple[int, bytes]:
         return 404, answer
     match = re.match(rb"HTTP/1\.[01] (\d{3})", head)
     assert match, answer[:200]
+    size = re.search(rb"\ncontent-length: (\d+)", head, re.IGNORECASE)
+    if size:  # there may be a second response
+        return int(match[1]), body[: int(size[1])]
     chunk = re.fullmatch(rb"[0-9a-f]+\r\n(.*)\r\n0\r\n\r\n", body, re.DOTALL)
     return int(match[1]), chunk[1] if chunk else body
 
