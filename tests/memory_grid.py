@@ -51,19 +51,21 @@ class Time:
 class MemoryGrid(Grid):
     """Nodes that answer at once or after some seconds of a false clock; None is no answer.
 
-    A node in `away` is off line: what it has not delivered is reported as Flower does, code 5.
+    A node in `away` is off line: what it has not delivered is reported as Flower does, code 5. One
+    in `hidden` is off line too, but was gone too briefly for that: what it owes still comes.
     """
 
     def __init__(self, sites: Mapping[int, Site], time: Time) -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         self.sites, self.time = dict(sites), time
         self.away: set[int] = set()
+        self.hidden: set[int] = set()
         self.replies: dict[str, tuple[float, Message]] = {}
         self.sent: dict[str, Message] = {}
         self.tasks: list[tuple[int, bytes]] = []
 
     def get_node_ids(self) -> Iterable[int]:
-        return [node for node in self.sites if node not in self.away]
+        return [node for node in self.sites if node not in self.away | self.hidden]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []

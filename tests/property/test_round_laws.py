@@ -31,6 +31,7 @@ FATES = st.one_of(
     st.tuples(st.just("older"), st.integers(0, 50)),
     st.just(("garbled", 0.0)),
     st.tuples(st.just("away"), st.floats(0.1, 70.0)),
+    st.tuples(st.just("cut"), st.floats(2.0, 20.0)),
 )
 
 
@@ -69,6 +70,10 @@ class WildGrid(MemoryGrid):
             self.away.add(node)
             self.time.due.append((self.time.now + how, lambda: self.away.discard(node)))
             self.reply(message_id, wrap(good), how / 2)
+        elif fate == "cut":
+            self.hidden.add(node)
+            self.time.due.append((self.time.now + how, lambda: self.hidden.discard(node)))
+            self.reply(message_id, wrap(good), how + 6)
         self.before.append(good)
 
 
