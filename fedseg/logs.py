@@ -2,12 +2,15 @@
 
 A line is one JSON object with time (UTC), level, logger and message, and the fields that came with
 `extra={"fields": {...}}`. No other text of ours goes to that stream. Tracebacks are one field.
+Logs travel further than patients' names may: where an error's own text can name a file of theirs,
+`without_its_text` leaves that out.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import traceback
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -41,6 +44,16 @@ def configure(
     root.setLevel(level)
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def without_its_text(error: BaseException) -> dict[str, Any]:
+    """For `extra`: of what kind an error is and through which code it came, not what it says."""
+    told: list[str] = []
+    link: BaseException | None = error
+    while link is not None:
+        told += [*traceback.format_tb(link.__traceback__), f"{type(link).__name__}\n"]
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    return {FIELDS: {"error": "".join(told)}}
 
 
 class _JsonLines(logging.Formatter):

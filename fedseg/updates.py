@@ -126,12 +126,10 @@ def open_task(data: Buffer, plan: StudyPlan) -> tuple[TaskHeader, dict[str, NDAr
             plan does not have, or the model is not the one that the header names.
     """
     limit = message_limit(plan.built.tensors)
-    header, rounds = peek(data, TaskHeader, max_bytes=limit), plan.aggregation.rounds
+    header = peek(data, TaskHeader, max_bytes=limit)
     if (header.study, header.plan) != (plan.study, plan.digest):
         raise TrustError("the task belongs to another study or to a plan that is not approved here")
-    first, last = {"enlist": (0, 0), "release": (rounds, rounds)}.get(header.stage, (1, rounds))
-    if not first <= header.round <= last or header.attempt > plan.aggregation.attempts:
-        raise TrustError("the task asks for a round or an attempt that the plan does not have")
+    require_place(header, plan)
     if header.roll is not None and header.stage != "enlist":
         raise TrustError("the task brings a list of sites, which only enlisting does")
     schema = plan.built.tensors if header.stage != "enlist" else ()
@@ -139,6 +137,18 @@ def open_task(data: Buffer, plan: StudyPlan) -> tuple[TaskHeader, dict[str, NDAr
     if schema and digest_of(model) != header.model:
         raise TrustError("the task's model is not the one that its header names")
     return header, model
+
+
+def require_place(header: TaskHeader, plan: StudyPlan) -> None:
+    """Check that a plan has the round and the attempt that a task asks for.
+
+    Raises:
+        TrustError: it has not.
+    """
+    rounds = plan.aggregation.rounds
+    first, last = {"enlist": (0, 0), "release": (rounds, rounds)}.get(header.stage, (1, rounds))
+    if not first <= header.round <= last or header.attempt > plan.aggregation.attempts:
+        raise TrustError("the task asks for a round or an attempt that the plan does not have")
 
 
 def seal_answer(header: AnswerHeader, delta: Arrays | None = None) -> bytes:

@@ -4,8 +4,9 @@ In this order, and nothing is skipped. The envelope is opened: signed by the stu
 this study and this site; else it is a stranger's and gets no answer. Plan, policy and list of sites
 must be those that the hospital approved. A task that was answered gets its stored answer and trains
 nothing; another one for a stage that was served is refused beyond the plan's attempts. Then the
-trainer works, and its answer is kept, sealed, signed and on disk before its first byte leaves.
-Every step is audited first; of a refusal one coarse code leaves, its reason stays.
+trainer works; what the hospital took back meanwhile is thrown away. The answer is kept, sealed,
+signed and on disk before its first byte leaves. Every step is audited first; of a refusal one
+coarse code leaves, its reason stays.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import hashlib
 import logging
 import mmap
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedseg.container import peek
 from fedseg.errors import FedsegError, PlanError, PrivacyError, StorageError, TrustError
+from fedseg.logs import without_its_text
 from fedseg.plan import StudyPlan
 from fedseg.security.envelope import (
     EnvelopeHeader,
@@ -40,10 +43,11 @@ from fedseg.updates import (
     Refused,
     TaskHeader,
     message_limit,
+    require_place,
     seal_answer,
 )
 from sites.answers import Answers, Slot
-from sites.approval import Approval, approved
+from sites.approval import Approval, approved, frozen_record
 from sites.chronicle import Chronicle
 from sites.enrolment import pinned_bundle
 from sites.folder import SiteFolder, make_folder
@@ -141,10 +145,12 @@ class Gate:
             except FedsegError as error:
                 return self._refuse(header, _code_of(error), str(error))
             except Exception as error:
-                logger.exception("a task failed for a reason that fedseg does not know")
+                said = "a task failed for a reason that fedseg does not know"
+                logger.error(said, extra=without_its_text(error))
                 return self._refuse(header, "failed", type(error).__name__)
             finally:
                 self.doing = None
+                self._forget_if_left()
 
     @contextmanager
     def _opened(self, envelope: Path) -> Iterator[tuple[EnvelopeHeader, mmap.mmap]]:
@@ -175,7 +181,7 @@ class Gate:
         """Check an authentic task against what was approved, and answer it."""
         approval = self._approval(header)
         said = peek(task, TaskHeader, max_bytes=self._limit)
-        self._check_place(said)
+        require_place(said, self._plan)
         self._check_roll(header, said, approval)
         slot, name = Slot(said.round, said.stage), _name(said, header, approval)
         facts: dict[str, Any] = {"round": said.round, "stage": said.stage, "attempt": said.attempt}
@@ -194,6 +200,7 @@ class Gate:
         self._chronicle.write("task_received", study=self._study, **received)
         self.doing = Doing(self._study, said.round, said.stage, self._now().isoformat())
         plain = self._work(task, approval)
+        self._require_still(approval)
         self._answers.keep(slot, name, plain)
         return self._seal(slot, name, header, plain, facts)
 
@@ -204,15 +211,28 @@ class Gate:
             raise PlanError("the hospital has not approved a plan of this study")
         if not header.plan == approval.plan == self._plan.digest:
             raise PlanError("the task is of another plan than the approved one")
-        authorise(load_policy(self._folder.policy), self._plan)
+        record = frozen_record(self._folder, self._study, self._plan.digest)
+        patients = record.patients.get("train", 0) if record else 0
+        authorise(load_policy(self._folder.policy), self._plan, patients)
         return approval
 
-    def _check_place(self, said: TaskHeader) -> None:
-        """Refuse a round or an attempt that the plan has not, before anything is noted of it."""
-        plan = self._plan.aggregation
-        first, last = (0, 0) if said.stage == "enlist" else (1, plan.rounds)
-        if not first <= said.round <= last or said.attempt > plan.attempts:
-            raise TrustError("the task asks for a round or an attempt that the plan does not have")
+    def _require_still(self, approval: Approval) -> None:
+        """Refuse to answer where the hospital has taken its yes back since the work began."""
+        now = approved(self._folder, self._study)
+        if now is None or (now.plan, now.cohort) != (approval.plan, approval.cohort):
+            raise PlanError(
+                "the approval was taken back, or given for other data, while the task was worked "
+                "on: its outcome is thrown away"
+            )
+
+    def _forget_if_left(self) -> None:
+        """Remove what working on a task has written into a study that was left meanwhile."""
+        if self._folder.bundle(self._study).exists():
+            return
+        for part in (self._folder.work, self._folder.answers, self._folder.spool):
+            shutil.rmtree(part(self._study), ignore_errors=True)
+        with suppress(OSError):
+            self._folder.study(self._study).rmdir()
 
     def _check_roll(self, header: EnvelopeHeader, said: TaskHeader, approval: Approval) -> None:
         """Compare the task's list of sites with the accepted one; enlisting may bring a new one."""
@@ -259,8 +279,11 @@ class Gate:
             size = file.seek(0, os.SEEK_END)
             left = facts | {"bytes": size, "digest": sealed.ciphertext}
             self._chronicle.write("answered", study=self._study, **left)
-        if slot.stage == "release":
-            self._chronicle.write("released", study=self._study, round=slot.round)
+        body = peek(plain, AnswerHeader, max_bytes=self._limit).body
+        if body.kind == "release":
+            self._chronicle.write(
+                "released", study=self._study, round=slot.round, digest=body.model
+            )
         stored = self._answers.sealed(slot, name, header.reply_to)
         assert stored is not None
         return stored

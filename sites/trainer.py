@@ -23,6 +23,7 @@ from fedseg.evaluation.evaluate import evaluate_cohort
 from fedseg.imaging.cache import CaseCache
 from fedseg.imaging.cases import Cohort
 from fedseg.learning.local import train_round
+from fedseg.logs import without_its_text
 from fedseg.modelfile import save_model
 from fedseg.models.zoo import build_network, load_tensors, state_tensors
 from fedseg.plan import StudyPlan
@@ -109,7 +110,8 @@ class Trainer:
     def _note(self, refused: Refused, error: Exception) -> None:
         """Keep the reason of a refusal here; a full disk must not turn it into silence."""
         if not isinstance(error, FedsegError):
-            logger.error("a task failed for a reason that fedseg does not know", exc_info=error)
+            said = "a task failed for a reason that fedseg does not know; its journal has the text"
+            logger.error(said, extra=without_its_text(error))
         try:
             self._journal.write("refused", code=refused.code, reason=f"{error}")
         except OSError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,8 +11,15 @@ import pytest
 from small_hospitals import NOW, Hospital, approved, hospital, phantoms
 from small_parties import Party
 
+from fedseg.arrays import digest_of
+from fedseg.container import Buffer
+from fedseg.logs import FIELDS
 from fedseg.security.keys import ReceivingKey
 from fedseg.updates import open_answer, task_digest
+from sites.decision import refuse
+from sites.enrolment import leave
+from sites.gate import Gate
+from sites.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +50,8 @@ def test_a_study_from_enlisting_to_the_final_model(site: Hospital) -> None:
     assert site.folder.model("tiny").exists()
     assert [e.facts["stage"] for e in site.audited("answered")] == said
     assert len(site.audited("task_received")) == 4
-    assert len(site.audited("released")) == 1
+    released = [entry.facts["digest"] for entry in site.audited("released")]
+    assert released == [digest_of(site.consortium.model)]
     assert list(site.folder.spool("tiny").iterdir()) == []
 
 
@@ -151,7 +160,75 @@ def test_a_policy_that_is_tightened_counts_from_the_next_task_on(site: Hospital)
     assert site.code(site.ask(site.task(round_=2), gate)) == "plan"
     site.folder.policy.write_text("privacy_none: maybe\n")
     assert site.code(site.ask(site.task(round_=2), gate)) == "data"
+    site.folder.policy.write_text("privacy_none: true\nsmallest_cohort: 2\n")
+    assert site.code(site.ask(site.task(round_=2), gate)) == "plan"
+    assert "smallest_cohort" in str(site.audited("refused")[-1].facts["reason"])
     assert site.trained == 1
+
+
+def meanwhile(gate: Gate, monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> Gate:
+    """A gate whose trainer works while something happens at the hospital."""
+    work = Trainer.handle
+
+    def handle(trainer: Trainer, task: Buffer) -> bytes:
+        happens()
+        return work(trainer, task)
+
+    monkeypatch.setattr(Trainer, "handle", handle)
+    return gate
+
+
+def test_an_approval_that_is_taken_back_during_the_work_lets_nothing_out(
+    site: Hospital, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = meanwhile(
+        site.gate(), monkeypatch, lambda: refuse(site.folder, "tiny", "consent", site.signing)
+    )
+    assert site.code(site.ask(site.task(), gate)) == "plan"
+    assert site.audited("answered") == []
+    assert "taken back" in str(site.audited("refused")[0].facts["reason"])
+    kept = site.folder.answers("tiny").rglob("*")
+    assert {path.suffix for path in kept if path.is_file()} == {".begun"}
+    monkeypatch.undo()
+    approved(site.folder, site.consortium, data)
+    assert site.said(site.ask(site.task())).body.kind == "train"
+
+
+def test_the_same_data_approved_again_during_the_work_change_nothing(
+    site: Hospital, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = meanwhile(
+        site.gate(), monkeypatch, lambda: approved(site.folder, site.consortium, data, later=True)
+    )
+    assert site.said(site.ask(site.task(), gate)).body.kind == "train"
+
+
+def test_a_study_that_is_left_during_the_work_lets_nothing_out_and_leaves_nothing(
+    site: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = meanwhile(site.gate(), monkeypatch, lambda: leave(site.folder, "tiny", site.signing))
+    assert site.code(site.ask(site.task(), gate)) == "plan"
+    assert site.audited("answered") == []
+    assert list(site.folder.studies.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["handle", "_work"])
+def test_what_nobody_foresaw_is_logged_without_its_text(
+    place: str, site: Hospital, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = "/data/" + "jane/t1.nii.gz"  # a traceback shows lines of code, never what they make
+
+    def fails(*_: object) -> None:
+        raise OSError(5, "Input/output error", file)
+
+    monkeypatch.setattr(Trainer, place, fails)
+    assert site.code(site.ask(site.task())) == "failed"
+    (said,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    fields = said.__dict__[FIELDS]
+    assert "OSError" in fields["error"]
+    assert "in fails" in fields["error"]
+    assert "jane" not in f"{said.getMessage()} {fields} {said.exc_info}"
+    assert "jane" not in site.folder.audit.read_text()
 
 
 def test_an_expired_list_of_sites_is_refused(site: Hospital) -> None:
