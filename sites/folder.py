@@ -211,7 +211,7 @@ class SiteFolder:
         return self.study(name) / "cohort.json"
 
     def answers(self, name: str) -> Path:
-        """Stored answers, sealed."""
+        """Stored answers: as they leave, and as they were before they were sealed."""
         return self.study(name) / "answers"
 
     def work(self, name: str) -> Path:
@@ -368,12 +368,15 @@ def make_folder(path: Path, mode: int = PRIVATE_FOLDER) -> Path:
 def as_owner_of(folder: Path) -> Iterator[None]:
     """As root, act with the rights of a folder's owner and no more; else as whoever one is.
 
-    So what root writes belongs to the user that will need it, and a link laid into that user's
-    folder leads nowhere that the user could not go alone. For a process with one thread.
+    So what root writes belongs to the user that will need it, and a link that such a user lays
+    leads nowhere that the user could not go alone: it counts as the user's, whatever it points to.
+    For a process with one thread.
     """
     while not folder.exists():
         folder = folder.parent
-    owner, groups, group = folder.stat(), os.getgroups(), os.getegid()
+    owner, groups, group = folder.lstat(), os.getgroups(), os.getegid()
+    if owner.st_uid == 0:  # a folder, or a link that root has laid
+        owner = folder.stat()
     if os.geteuid() != 0 or owner.st_uid == 0:
         yield
         return

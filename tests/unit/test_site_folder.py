@@ -126,6 +126,22 @@ def test_root_writes_as_the_owner_of_the_folder_and_through_no_link(reachable: P
     assert os.geteuid() == 0
 
 
+def test_root_follows_no_link_that_another_user_laid_in_place_of_a_folder(reachable: Path) -> None:
+    ours, theirs = reachable / "ours", reachable / "theirs"
+    ours.mkdir(mode=0o700)
+    theirs.mkdir()
+    (theirs / "tiny").symlink_to(ours)
+    for path in (theirs, theirs / "tiny"):
+        os.chown(path, RELAY, RELAY, follow_symlinks=False)
+    with pytest.raises(StorageError):
+        write_note(theirs / "tiny" / "ca.crt", b"evil")
+    assert list(ours.iterdir()) == []
+    moved = reachable / "moved"  # what root itself has moved elsewhere is still its owner's
+    moved.symlink_to(theirs)
+    write_note(moved / "other.json", b"fine")
+    assert (theirs / "other.json").stat().st_uid == RELAY
+
+
 def test_relay_and_trainer_of_two_users_get_what_is_theirs_when_root_joins(reachable: Path) -> None:
     one = member(reachable)
     data = data_of(reachable / "data", "c1", "c2", "c3")
