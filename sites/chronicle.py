@@ -1,8 +1,9 @@
 """What the trainer writes into the site's audit, so that nobody outside can fill the disk with it.
 
-Everything that leaves is an entry of its own. Refusals and repeated tasks are caused from outside,
-as often as a relay that was taken over likes: the first of an hour are entries of their own, the
-others are counted, and the count is the next hour's first entry.
+Every answer that leaves is an entry of its own. Refusals and repeated tasks are caused from
+outside, as often as a relay that was taken over likes: the first of an hour are entries of their
+own, the others are counted, and the count is the next hour's first entry. Each study and each code
+is counted for itself: who sends rubbish by the thousand cannot hide a task of another kind in it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from fedseg.chain import Chain
+from fedseg.chain import Chain, Fact
 
 SINGLY = 100
 HOUR_S = 3600.0
-Fact = str | int | float | bool | None | list[str]
+_KIND = ("study", "code")
 
 
 class Chronicle:
@@ -26,7 +27,7 @@ class Chronicle:
         self._chain, self._clock = chain, clock
         self._lock = threading.Lock()
         self._since = clock()
-        self._seen: Counter[str] = Counter()
+        self._seen: Counter[tuple[str, Fact, Fact]] = Counter()
 
     def write(self, event: str, **facts: Fact) -> None:
         """Append an entry; it is on disk when this returns."""
@@ -34,11 +35,12 @@ class Chronicle:
 
     def provoked(self, event: str, **facts: Fact) -> None:
         """Append an entry that somebody outside caused, or count it where there were many."""
+        kind = (event, facts.get("study"), facts.get("code"))
         with self._lock:
             if self._clock() - self._since > HOUR_S:
                 self._settle()
-            self._seen[event] += 1
-            singly = self._seen[event] <= SINGLY
+            self._seen[kind] += 1
+            singly = self._seen[kind] <= SINGLY
         if singly:
             self._chain.append(event, **facts)
 
@@ -49,8 +51,10 @@ class Chronicle:
 
     def _settle(self) -> None:
         """Write the counts of the hour and begin another."""
-        for event, count in self._seen.items():
+        for (event, *kind), count in self._seen.items():
             if count > SINGLY:
-                self._chain.append(event, reason=f"{count - SINGLY} more within one hour")
+                facts = {name: fact for name, fact in zip(_KIND, kind, strict=True) if fact}
+                more = f"{count - SINGLY} more within one hour"
+                self._chain.append(event, **facts, reason=more)
         self._seen.clear()
         self._since = self._clock()
