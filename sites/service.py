@@ -1,9 +1,10 @@
 """The trainer as a service: one door for every relay of this hospital, one task at a time.
 
 It listens on a Unix socket, or on a loopback port where a bearer token is asked for. A body goes to
-a file as it comes and is cut off where it is larger than any task of the plan; nothing is parsed
-before it is whole. One thread works on one task; a relay that went away meanwhile finds the answer
-stored. Nothing that is said here names a patient, and a refusal has a status and no text.
+a file as it comes and is cut off where it is larger than any task of the plan; only so many are let
+in at a time, so that the disk which they can fill is bounded, and nothing is parsed before it is
+whole. One thread works on one task; a relay that went away meanwhile finds the answer stored.
+Nothing that is said here names a patient, and a refusal has a status and no text.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedseg.errors import DataError, FedsegError
+from fedseg.logs import without_its_text
 from sites.folder import SiteFolder, make_folder
 from sites.gate import Answer, Doing, Gate, StrangerError
 
@@ -39,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 PIECE = 1024 * 1024
 BYTES = "application/octet-stream"
-SILENCE_S = 60.0
+SILENCE_S, BODY_S = 60.0, 900.0
 MOST_WAITING = 16
 Opens = Callable[[str], Gate]
 Reason = Callable[[], str | None]
@@ -59,10 +61,10 @@ class Desk:
         """
         self._folder, self._open_gate = folder, open_gate
         self.closed, self.refused = closed, refused
+        self.waiting = 0  # tasks that are spooled, wait for their turn or are worked on
         self._gates: dict[str, tuple[tuple[int, int], Gate]] = {}
         self._jobs: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self.waiting = 0
         threading.Thread(target=self._run, daemon=True, name="fedseg-tasks").start()
 
     def gate(self, study: str) -> Gate | None:
@@ -94,12 +96,8 @@ class Desk:
             finally:
                 envelope.unlink(missing_ok=True)
 
-        self.waiting += 1
         self._jobs.put(job)
-        try:
-            return await asyncio.shield(asyncio.wrap_future(answer))
-        finally:
-            self.waiting -= 1
+        return await asyncio.shield(asyncio.wrap_future(answer))
 
     def warm_up(self) -> None:
         """Import what training needs before the first task asks for it: it takes seconds."""
@@ -114,9 +112,13 @@ class Desk:
         return None
 
     def _run(self) -> None:
-        """One task after the other."""
+        """One task after the other; nothing that one meets is the end of the others."""
         while True:
-            self._jobs.get()()
+            job = self._jobs.get()
+            try:
+                job()
+            except Exception as error:
+                logger.error("the trainer could not do its work", extra=without_its_text(error))
 
 
 def make_service(folder: SiteFolder, desk: Desk, token: str | None = None) -> ASGIApp:
@@ -160,6 +162,7 @@ async def _task(folder: SiteFolder, desk: Desk, request: Request) -> Response:
     """Answer a task; what cannot be answered becomes a status."""
     if desk.closed() is not None or desk.waiting >= MOST_WAITING:
         return _status(503)
+    desk.waiting += 1
     try:
         return await _answered(folder, desk, request)
     except StrangerError:
@@ -170,6 +173,8 @@ async def _task(folder: SiteFolder, desk: Desk, request: Request) -> Response:
         reason = error if isinstance(error, FedsegError) else type(error).__name__
         logger.error("tasks cannot be taken: %s", reason)
         return _status(503)
+    finally:
+        desk.waiting -= 1
 
 
 async def _answered(folder: SiteFolder, desk: Desk, request: Request) -> Response:
@@ -195,12 +200,13 @@ async def _spooled(request: Request, spool: Path, max_bytes: int) -> Path | None
         path = Path(file.name)
         try:
             size = 0
-            async for piece in _pieces(request):
-                size += len(piece)
-                if size > max_bytes:
-                    path.unlink()
-                    return None
-                file.write(piece)
+            async with asyncio.timeout(BODY_S):
+                async for piece in _pieces(request):
+                    size += len(piece)
+                    if size > max_bytes:
+                        path.unlink()
+                        return None
+                    file.write(piece)
         except BaseException:
             path.unlink(missing_ok=True)
             raise

@@ -14,6 +14,7 @@ import pytest
 from small_hospitals import Hospital, hospital, phantoms
 
 from fedseg.errors import DataError, RoundError, TrustError
+from sites import service
 from sites.client import Door, ask, status
 from sites.gate import Gate
 from sites.listening import Place, closed_because, make_server, opened_place
@@ -178,6 +179,37 @@ def test_a_body_that_was_cut_short_is_forgotten(site: Hospital) -> None:
         assert desk.waiting == 0
     assert site.trained == 0
     assert not site.audited("refused")
+
+
+def test_bodies_that_are_on_their_way_count_too_and_others_are_asked_to_wait(
+    site: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "MOST_WAITING", 2)
+    envelope = site.task()
+    with serving(site) as (door, desk):
+        slow = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+        for peer in slow:
+            peer.connect(door.address.removeprefix("unix:"))
+            peer.sendall(request("tiny", len(envelope), envelope[:5000]))
+        until(lambda: desk.waiting == 2)
+        assert len(spooled(site)) <= 2
+        with pytest.raises(RoundError, match="503"):
+            ask(door, "tiny", envelope, patience_s=0)
+        for peer in slow:
+            peer.close()
+        assert site.said(ask(door, "tiny", envelope, patience_s=20)).body.kind == "train"
+
+
+def test_a_trainer_that_cannot_warm_up_still_works_on_tasks(
+    site: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_name: str) -> None:
+        raise OSError("a library is missing")
+
+    monkeypatch.setattr(service, "import_module", broken)
+    with serving(site) as (door, desk):
+        desk.warm_up()
+        assert site.said(ask(door, "tiny", site.task())).body.kind == "train"
 
 
 def test_a_relay_that_went_away_finds_its_answer_stored(site: Hospital) -> None:
