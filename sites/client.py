@@ -2,7 +2,8 @@
 
 A trainer that is not there, restarts or is paused is waited for, and the task is sent again: the
 trainer answers a repeated task with its stored answer. What it refuses is not sent again. Every
-message of Flower starts a process that imports this, so it imports next to nothing.
+message of Flower starts a process that imports this, so it imports next to nothing. A trainer that
+ends again and again over one task is not given it for ever: the next task deserves its turn.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fedseg.errors import RoundError, TrustError
 PATIENCE_S = 900.0
 ANSWER_S = 24 * 3600.0
 CONNECT_S = 10.0
+MOST_LOST = 5
 PIECE = 1024 * 1024
 _SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.2, 5.0
 _GONE = (OSError, http.client.HTTPException)
@@ -78,11 +80,11 @@ def ask(
         answer_s: how long one that works on the task may take.
 
     Raises:
-        RoundError: the trainer could not be reached in time.
+        RoundError: the trainer could not be reached in time, or ended too often.
         TrustError: it refuses the task.
     """
     clock = clock or Clock()
-    until, wait = clock.now() + patience_s, _SHORTEST_WAIT_S
+    until, wait, lost = clock.now() + patience_s, _SHORTEST_WAIT_S, 0
     while True:
         asked = clock.now()
         try:
@@ -90,6 +92,12 @@ def ask(
         except (_NotReadyError, *_GONE) as error:
             if clock.now() - asked > _LONGEST_WAIT_S:  # it was there, and worked: wait anew
                 until, wait = max(until, clock.now() + patience_s), _SHORTEST_WAIT_S
+                lost += 1
+            if lost > MOST_LOST:
+                raise RoundError(
+                    f"the trainer ended {lost} times over one task: its log says why, and the "
+                    "machine's whether memory ran out"
+                ) from None
             if clock.now() + wait > until:
                 raise RoundError(
                     f"the trainer cannot be reached ({_word(error)}): start it, or resume it"

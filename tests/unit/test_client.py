@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedseg.errors import RoundError, TrustError
-from sites.client import PIECE, Clock, Door, ask, status
+from sites.client import MOST_LOST, PIECE, Clock, Door, ask, status
 
 TASK = bytes(range(256)) * 5000
 Behaviour = Callable[[socket.socket, bytes], None]
@@ -120,6 +120,22 @@ def test_patience_ends(tmp_path: Path) -> None:
         ask(door, "tiny", TASK, patience_s=60, clock=waiting.clock)
     assert str(tmp_path) not in str(caught.value)
     assert 50 < sum(waiting.waits) <= 60
+
+
+def test_a_task_over_which_the_trainer_always_ends_is_given_up(tmp_path: Path) -> None:
+    listener, door = unix(tmp_path)
+    waiting = Waiting()
+
+    def work_and_vanish(_peer: socket.socket, _request: bytes) -> None:
+        waiting.time += 3600
+
+    ways = [work_and_vanish] * (MOST_LOST + 1)
+    with (
+        trainer(listener, *ways, answer(b"late")) as requests,
+        pytest.raises(RoundError, match="ended"),
+    ):
+        ask(door, "tiny", TASK, clock=waiting.clock)
+    assert len(requests) == len(ways)
 
 
 @pytest.mark.parametrize("code", ["403 Forbidden", "404 Not Found", "413 Too Large", "500 Error"])
