@@ -4,6 +4,7 @@ Who is asked is waited for until the time is up. With `again`, a node that went 
 back, or of which Flower says that the message or its work was lost, is sent the same task again,
 and so is a node that comes only now; a trainer gives a repeated task its stored answer. Whatever
 is sent and comes how often, each node gives at most one answer, the first; one is held at a time.
+What Flower itself cannot read is an answer too, a malformed one: a relay may send anything.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from dataclasses import dataclass
 
 from flwr.app import Message
 from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from fedseg.carriage import MESSAGE_TYPE, wrap
+from fedseg.updates import AnswerError
 
 SHORTEST_POLL_S = 0.002
 LONGEST_POLL_S = 0.25
@@ -23,6 +26,10 @@ PRESENCE_S = 2.0
 AGAIN_S = 2.0
 LONGEST_AGAIN_S = 60.0
 LOST = frozenset({3, 4, 5, 8})  # Flower: message unavailable or expired, node away, app killed
+# What Flower raises while it puts a reply together from what a node sent.
+UNREADABLE = (AttributeError, DecodeError, LookupError, RecursionError, TypeError, ValueError)
+
+Arrival = Message | AnswerError | None  # an answer, why what came is none, or nothing in time
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,29 @@ class Clock:
 
     now: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
+
+
+class Spacing:
+    """Whom to try again, and when: the longer somebody is tried in vain, the less often.
+
+    Who went away is forgotten, and tried at once when it is back.
+    """
+
+    def __init__(self, first_s: float, longest_s: float) -> None:
+        self._first_s, self._longest_s = first_s, longest_s
+        self._next: dict[int, tuple[float, float]] = {}
+
+    def due(self, nodes: list[int], now: float) -> list[int]:
+        """Those of the nodes that are here now whose turn it is."""
+        self._next = {node: kept for node, kept in self._next.items() if node in nodes}
+        return [node for node in nodes if now >= self._next.get(node, (now, 0.0))[0]]
+
+    def tried(self, nodes: list[int], now: float) -> None:
+        """These were tried just now."""
+        for node in nodes:
+            wait = self._next[node][1] * 1.5 if node in self._next else self._first_s
+            wait = min(wait, self._longest_s)
+            self._next[node] = (now + wait, wait)
 
 
 class Asking:
@@ -42,6 +72,7 @@ class Asking:
         timeout_s: how long answers count.
         again: ask again where it may help.
         welcome: whether a node that was not asked yet may still be; only with `again`.
+        expects: whether a node that has not answered is still waited for; only with `again`.
     """
 
     def __init__(
@@ -54,9 +85,10 @@ class Asking:
         timeout_s: float,
         again: bool = False,
         welcome: Callable[[int], bool] = lambda _node: False,
+        expects: Callable[[int], bool] = lambda _node: True,
     ) -> None:
         self._grid, self._clock, self._content, self._group = grid, clock, content, group
-        self._again, self._welcome = again, welcome
+        self._again, self._welcome, self._expects = again, welcome, expects
         self._deadline = clock.now() + timeout_s
         self._waiting: dict[str, int] = {}
         self._open: set[int] = set()
@@ -71,7 +103,7 @@ class Asking:
         """How often the task went out."""
         return sum(self._tries.values())
 
-    def arrivals(self, nodes: list[int]) -> Iterator[tuple[int, Message | None]]:
+    def arrivals(self, nodes: list[int]) -> Iterator[tuple[int, Arrival]]:
         """Ask, and give each node with its answer as it arrives.
 
         Yields:
@@ -87,7 +119,10 @@ class Asking:
                     arrived = True
                     yield answer
                     del answer  # before the next is taken
-            if self._again:
+            if self._again and self._due_for_a_look():
+                for node in [node for node in self._open if not self._expects(node)]:
+                    self._close(node)
+                    yield node, AnswerError("site", "the site was revoked before it answered")
                 self._ask_again()
             pause = SHORTEST_POLL_S if arrived else min(2 * pause, LONGEST_POLL_S)
             if self._open and not arrived:
@@ -117,11 +152,17 @@ class Asking:
         self._waiting |= dict(zip(pushed, nodes, strict=True))
         self._open.update(nodes)
 
-    def _pull(self, message_id: str) -> tuple[int, Message] | None:
+    def _pull(self, message_id: str) -> tuple[int, Message | AnswerError] | None:
         """A node's answer if it is there; its other messages are not looked at any more."""
         if message_id not in self._waiting:
             return None
-        replies = list(self._grid.pull_messages([message_id]))
+        try:
+            replies = list(self._grid.pull_messages([message_id]))
+        except UNREADABLE as error:
+            kind = type(error).__name__
+            node = self._waiting[message_id]
+            self._close(node)
+            return node, AnswerError("malformed", f"Flower cannot read what came: {kind}")
         if not replies:
             return None
         node, message = self._waiting.pop(message_id), replies.pop()
@@ -130,16 +171,25 @@ class Asking:
             wait = min(AGAIN_S * 2 ** (self._tries[node] - 1), LONGEST_AGAIN_S)
             self._due.setdefault(node, self._clock.now() + wait)
             return None
+        self._close(node)
+        return node, message
+
+    def _close(self, node: int) -> None:
+        """The node has had its say: nothing more of it is looked at."""
         self._open.discard(node)
         self._waiting = {key: other for key, other in self._waiting.items() if other != node}
-        return node, message
+
+    def _due_for_a_look(self) -> bool:
+        """Whether it is time to see who is here."""
+        now = self._clock.now()
+        if now < self._looked + PRESENCE_S:
+            return False
+        self._looked = now
+        return True
 
     def _ask_again(self) -> None:
         """Send the task once more to those who lost it and are here."""
         now = self._clock.now()
-        if now < self._looked + PRESENCE_S:
-            return
-        self._looked = now
         here = set(self._grid.get_node_ids())
         back = {node for node in self._away & here if node in self._open}
         self._away = self._open - here

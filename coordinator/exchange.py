@@ -39,6 +39,9 @@ class Exchange(Protocol):
     def changed(self) -> bool:
         """Whether the roll is another than the one in force: the sites are to enlist again."""
 
+    def revoked(self, site: str) -> bool:
+        """Whether a site of the roll in force was taken out since: its answer counts no more."""
+
     def seal(self, position: Position, task: bytes) -> bytes:
         """What is sent for a task, stored before this returns; the same bytes after a crash."""
 
@@ -62,6 +65,10 @@ class Plain:
         """There is no roll."""
 
     def changed(self) -> bool:
+        """There is no roll."""
+        return False
+
+    def revoked(self, site: str) -> bool:
         """There is no roll."""
         return False
 
@@ -125,6 +132,15 @@ class SealedExchange:
             TrustError: as `adopt`.
         """
         return self._registry.read().roll.digest != self._in_force().roll.digest
+
+    def revoked(self, site: str) -> bool:
+        """Whether a site of the roll in force was taken out meanwhile, or has other keys now.
+
+        Raises:
+            TrustError: as `adopt`.
+        """
+        told, now = self._in_force().roll.site(site), self._registry.read().roll.site(site)
+        return told is not None and (now is None or now.signing != told.signing)
 
     def seal(self, position: Position, task: bytes) -> bytes:
         """Seal a task for every site of the roll, and store it; or take what is stored of it.
@@ -225,10 +241,10 @@ class SealedExchange:
 
     def _identity(self, name: str) -> SiteIdentity:
         """A site of the roll in force that has not been revoked since."""
-        site, now = self._in_force().roll.site(name), self._registry.read().roll.site(name)
+        site = self._in_force().roll.site(name)
         if site is None:
             raise AnswerError("site", f"an answer claims to be of {name}, who is not on the roll")
-        if now is None or now.signing != site.signing:
+        if self.revoked(name):
             raise AnswerError("site", f"{name} was revoked")
         return site
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Collection
 
-from flwr.app import Message
-
+from coordinator.asking import Arrival
 from coordinator.events import Observer, SiteAnswered, SiteFailed
 from coordinator.exchange import Exchange
 from coordinator.roster import Roster
@@ -65,13 +65,13 @@ class Folding:
         """Whether an answer of the site was folded."""
         return site in self._answers
 
-    def absent(self, sites: set[str]) -> None:
+    def absent(self, sites: Collection[str]) -> None:
         """Name sites that cannot be asked now; they may still answer later."""
         reason = "the site is not on line, or has not enlisted"
         for site in sorted(sites):
             self._fail(SiteFailure(site=site, code="offline", reason=reason))
 
-    def take(self, node: int, message: Message | None) -> None:
+    def take(self, node: int, message: Arrival) -> None:
         """Take a node's answer; None where it gave none in time."""
         name = self._roster.site_of(node) or f"node-{node}"
         try:
@@ -136,10 +136,12 @@ class Folding:
             self._observe(SiteFailed(at.round, at.stage, failure))
 
 
-def _data_of(message: Message | None) -> bytes:
+def _data_of(message: Arrival) -> bytes:
     """The opaque bytes of a reply, or the reason why there are none."""
     if message is None:
         raise AnswerError("timeout", "no answer came before the round's time was up")
+    if isinstance(message, AnswerError):
+        raise message
     if message.has_error():
         code = _FLOWER_CODES.get(message.error.code, "crashed")
         raise AnswerError(code, f"Flower reports code {message.error.code} for this site")

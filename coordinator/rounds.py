@@ -8,13 +8,13 @@ stage's keys destroyed. Between stages a study can be paused, and sites may enli
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Protocol
 
 from flwr.serverapp import Grid
 
-from coordinator.asking import LONGEST_POLL_S, Asking, Clock
+from coordinator.asking import LONGEST_POLL_S, Asking, Clock, Spacing
 from coordinator.events import (
     Observer,
     Paused,
@@ -46,7 +46,7 @@ from fedseg.updates import StageName, TaskHeader, task_digest
 
 ENLIST_S = 120.0
 LATE_ENLIST_S = 30.0
-COURT_AGAIN_S = 60.0
+AGAIN_S, LONGEST_AGAIN_S = 60.0, 900.0
 PAUSE_S = 1.0
 
 
@@ -90,7 +90,7 @@ class Study:
         self._roster = Roster()
         self._begun = False
         self._roll: SignedRoll | None = None
-        self._courted: dict[int, float] = {}
+        self._courted = self._offered = Spacing(AGAIN_S, LONGEST_AGAIN_S)
 
     def run(self, state: StudyState) -> StudyState:
         """Go on from a state to the end of the study.
@@ -106,8 +106,8 @@ class Study:
                 self._enlist(sorted(self._grid.get_node_ids()), ENLIST_S)
         while state.position is not None:
             require_attempts_left(state, self._plan)
-            self._between_stages(state.position)
-            state = self._run_stage(state, state.position)
+            nodes = self._nodes_for(state.position)
+            state = self._run_stage(state, state.position, nodes)
         return state
 
     def lacking(self, state: StudyState) -> tuple[str, ...]:
@@ -125,7 +125,7 @@ class Study:
         """Offer the released model of a finished study once more to on-line sites that lack it.
 
         To be called now and then, also in a new process; returns once they answered or a round's
-        time is up, and at once where none of them is here.
+        time is up, and at once where none of them is here or was not asked a moment ago.
 
         Returns:
             The state with what came added to its last record, stored.
@@ -134,21 +134,26 @@ class Study:
             self._begin_anew()
         self._court()
         lacking = self.lacking(state)
-        nodes = [n for n in self._online() if self._roster.site_of(n) in lacking]
+        here = [n for n in self._online() if self._roster.site_of(n) in lacking]
+        nodes = self._offered.due(here, self._clock.now())
         if not nodes:
             return state
         position = release_position(state)
         outcome = self._ask(position, partial(release_task, state, self._plan), nodes)
+        self._offered.tried(nodes, self._clock.now())
         state = also_received(state, outcome)
         self._store.save(state)
         self._exchange.closed(position)
         return state
 
-    def _run_stage(self, state: StudyState, position: Position) -> StudyState:
+    def _run_stage(self, state: StudyState, position: Position, nodes: list[int]) -> StudyState:
         """Open, ask, close and store one stage."""
         started = self._clock.now()
         task = partial(open_stage, state, self._plan, self._roll)
-        outcome = self._ask(position, task, self._nodes_for(position))
+        here = {self._roster.site_of(node) for node in nodes}
+        known = {*self._exchange.sites, *self._roster.sites}
+        absent = known - here if position.stage != "enlist" else set()
+        outcome = self._ask(position, task, nodes, absent=absent)
         state = close_stage(state, self._plan, outcome)
         self._store.save(state)
         if not _same_stage(state.position, position):
@@ -182,21 +187,20 @@ class Study:
         """Put the roll as it stands in force; nobody has enlisted under it yet."""
         self._begun, self._roll = True, self._exchange.adopt()
         self._roster = Roster()
-        self._courted = {}
+        self._courted = Spacing(AGAIN_S, LONGEST_AGAIN_S)
+        self._offered = Spacing(AGAIN_S, LONGEST_AGAIN_S)
 
     def _enlist(self, nodes: list[int], at_most_s: float) -> None:
         """Ask nodes to enlist beside the stages of the study."""
         if nodes:
             self._ask(ENLIST, partial(enlist_task, self._plan, self._roll), nodes, at_most_s)
             self._exchange.closed(ENLIST)
-            self._courted |= dict.fromkeys(nodes, self._clock.now() + COURT_AGAIN_S)
+            self._courted.tried(nodes, self._clock.now())
 
     def _court(self) -> None:
         """Ask nodes to enlist that have not, and were not asked a moment ago."""
-        now, here = self._clock.now(), sorted(self._grid.get_node_ids())
-        self._courted = {node: at for node, at in self._courted.items() if node in here}
-        new = [n for n in here if not self._roster.site_of(n) and now >= self._courted.get(n, now)]
-        self._enlist(new, LATE_ENLIST_S)
+        here = self._courted.due(sorted(self._grid.get_node_ids()), self._clock.now())
+        self._enlist([n for n in here if not self._roster.site_of(n)], LATE_ENLIST_S)
 
     def _ask(
         self,
@@ -204,8 +208,9 @@ class Study:
         task: Callable[[], bytes],
         nodes: list[int],
         at_most_s: float = float("inf"),
+        absent: Collection[str] = (),
     ) -> Outcome:
-        """Send one task to nodes and fold what comes back."""
+        """Send one task to nodes and fold what comes back; who is absent is named."""
         parcel = _Parcel(self._exchange, position, task)
         round_, stage, attempt = position.round, position.stage, position.attempt
         opened = StageOpened(round_, stage, attempt, len(nodes), parcel.digest, parcel.size)
@@ -218,9 +223,7 @@ class Study:
             exchange=self._exchange,
             observe=self._observe,
         )
-        if stage != "enlist":
-            here = {self._roster.site_of(node) for node in nodes}
-            folding.absent({*self._exchange.sites, *self._roster.sites} - here)
+        folding.absent(absent)
         asking = Asking(
             self._grid,
             self._clock,
@@ -229,6 +232,7 @@ class Study:
             timeout_s=min(self._plan.aggregation.round_timeout_s, at_most_s),
             again=self._reask,
             welcome=partial(self._welcome, folding, stage),
+            expects=self._expects,
         )
         for node, message in asking.arrivals(nodes):
             folding.take(node, message)
@@ -242,12 +246,23 @@ class Study:
             return site is None
         return site is not None and not folding.answered(site)
 
+    def _expects(self, node: int) -> bool:
+        """Whether a node that was asked is still waited for: one of a revoked site is not."""
+        site = self._roster.site_of(node)
+        return site is None or not self._exchange.revoked(site)
+
     def _nodes_for(self, position: Position) -> list[int]:
-        """Everybody while sites enlist, afterwards the enlisted ones that are on line."""
-        if position.stage == "enlist":
-            return sorted(self._grid.get_node_ids())
-        self._wait(self._enough_are_here)
-        return self._online()
+        """Everybody while sites enlist, afterwards the enlisted ones that are on line.
+
+        Waiting for them can take long: a pause, or a changed roll, is heeded before they are asked.
+        """
+        while True:
+            self._between_stages(position)
+            if position.stage == "enlist":
+                return sorted(self._grid.get_node_ids())
+            self._wait(self._enough_are_here)
+            if not self._paused() and not self._exchange.changed():
+                return self._online()
 
     def _enough_are_here(self) -> bool:
         """Whether a stage can be opened; between hospitals, late ones may enlist first."""

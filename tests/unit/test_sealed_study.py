@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import Error, Message
+from flwr.supercore.inflatable.inflatable_utils import (
+    inflate_object_from_contents,
+    validate_object_content,
+)
 from memory_grid import Kept, MemoryGrid, SealedSite, Site, Time
 from pure_studies import SITES, reply, run_purely
 from small_parties import Party, roll_of
 from small_plans import answer, body_of, built_plan, tiny_model
 
+from coordinator.asking import UNREADABLE
 from coordinator.events import Event, Paused, Resumed, SiteFailed, StageClosed, StageOpened, nobody
 from coordinator.exchange import SealedExchange
 from coordinator.rounds import Study
@@ -471,3 +476,97 @@ def _release_of(hospitals: Hospitals, name: str) -> list[bytes]:
 
     task = release_task(hospitals.kept.states[-1], PLAN)
     return [task] if task_digest(task) in hospitals.sites[name].worked else []
+
+
+def test_a_released_model_is_offered_less_and_less_often_and_names_nobody_who_has_it(
+    hospitals: Hospitals,
+) -> None:
+    broken = Error(code=2, reason="broken")
+    hospitals.grid.sites[13] = hospitals.only_in("release", lambda _e: broken, "site_c")
+    last, study = hospitals.run(), hospitals.study()
+    hospitals.events.clear()
+    until = hospitals.time.now + 86_400
+    while hospitals.time.now < until:
+        last = study.redeliver(last)
+        hospitals.time.sleep(5)
+    failed = [e.failure for e in hospitals.events if isinstance(e, SiteFailed)]
+    assert {(f.site, f.code) for f in failed} == {("site_c", "crashed")}
+    assert 90 < len(failed) < 110  # not 17280
+    hospitals.grid.sites[13] = hospitals.sites["site_c"]
+    hospitals.time.sleep(900)
+    assert study.lacking(study.redeliver(last)) == ()
+
+
+def test_a_revoked_site_is_not_waited_for(hospitals: Hospitals) -> None:
+    def revoke() -> None:
+        hospitals.enrol("site_c")
+        del hospitals.grid.sites[13]
+
+    def silent(_envelope: bytes) -> None:
+        hospitals.time.due.append((hospitals.time.now + 10, revoke))
+
+    hospitals.grid.sites[13] = hospitals.only_in("train", silent, "site_c", 2)
+    closed: dict[tuple[int, str], float] = {}
+
+    def note(event: Event) -> None:
+        hospitals.events.append(event)
+        if isinstance(event, StageClosed):
+            closed[event.record.round, event.record.stage] = hospitals.time.now
+
+    last = hospitals.run(observe=note)
+    assert failures(last)[0] == (2, "train", "site_c", "site")
+    assert closed[2, "train"] - closed[1, "train"] < 15  # of 60
+    assert [a.site for a in last.history[-1].answers] == ["site_a", "site_b"]
+
+
+def test_a_pause_that_comes_while_nodes_are_waited_for_is_heeded(hospitals: Hospitals) -> None:
+    grid, time, asked = hospitals.grid, hospitals.time, []
+
+    def paused() -> bool:
+        return 10 <= time.now < 500
+
+    def leave(event: Event) -> None:
+        hospitals.events.append(event)
+        if isinstance(event, StageClosed) and event.record.stage == "enlist":
+            grid.away |= {12, 13}
+            time.due.append((time.now + 20, grid.away.clear))
+        if isinstance(event, StageOpened):
+            asked.append(time.now)
+
+    last = hospitals.run(observe=leave, paused=paused)
+    assert not [at for at in asked if 10 <= at < 500]
+    assert model_of(last) == model_of(UNDISTURBED)
+
+
+class GarblingGrid(MemoryGrid):
+    """What one node answers while a stage is open makes Flower itself stumble."""
+
+    def __init__(self, whole: MemoryGrid, error: Exception, garbled: Callable[[int], bool]) -> None:
+        super().__init__(whole.sites, whole.time)
+        self.error, self.garbled = error, garbled
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        for message_id in message_ids:
+            if self.garbled(self.sent[message_id].metadata.dst_node_id):
+                raise self.error
+        return super().pull_messages(message_ids)
+
+
+@pytest.mark.parametrize(
+    "content", [b"Message  0\0", b"Message  2\0{}", b"RecordDict  1\0{", b"Array  2\0{}"]
+)
+def test_objects_that_flower_cannot_read_cost_a_relay_its_own_answer_alone(
+    hospitals: Hospitals, content: bytes
+) -> None:
+    """Well-formed enough for the SuperLink to store; Flower raises where the ServerApp pulls."""
+    validate_object_content(content)
+    with pytest.raises(UNREADABLE) as raised:
+        inflate_object_from_contents("id", {"id": content})
+
+    def garbled(node: int) -> bool:
+        opened = hospitals._opened()
+        return (node, opened.round, opened.stage) == (13, 2, "train")
+
+    hospitals.grid = GarblingGrid(hospitals.grid, raised.value, garbled)
+    last = hospitals.run()
+    assert failures(last) == [(2, "train", "site_c", "malformed")]
