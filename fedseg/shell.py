@@ -37,6 +37,8 @@ def run(app: typer.Typer, *, extra: str, stopped: str = "stopped") -> None:
         app()
     except FedsegError as error:
         _end(str(error), "red", 1)
+    except PermissionError as error:
+        _end(_forbidden(error), "red", 1)
     except ModuleNotFoundError as error:
         module = (error.name or "").partition(".")[0]
         if not module or module in OWN:
@@ -81,6 +83,12 @@ def _passphrase_in(path: Path) -> bytes:
     if not line or len(data) > MAX_PASSPHRASE_BYTES or b"\n" in line:
         raise DataError(f"the file that {PASSPHRASE_FILE} names must hold one line: the passphrase")
     return line
+
+
+def _forbidden(error: PermissionError) -> str:
+    """What this user may not touch, by its last name alone."""
+    what = Path(os.fsdecode(error.filename)).name if error.filename else "something it needs"
+    return f"this user has no right to {what}: run the command as the user who has, or as root"
 
 
 def _end(message: str, style: str, status: int) -> NoReturn:

@@ -14,11 +14,12 @@ import signal
 import sysconfig
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from fedseg.errors import DataError, FedsegError, RoundError
+from fedseg.errors import DataError, FedsegError, RoundError, StorageError
 from fedseg.security.keys import is_encrypted
 from fedseg.shell import PASSPHRASE_FILE
 from fedseg.sole import sole
@@ -200,8 +201,11 @@ class Daemon:
         same = self._last is not None and _lasting(found) == _lasting(self._last)
         if same and time.monotonic() - self._wrote < STATUS_S:
             return
-        write_note(self._folder.status, found, PUBLIC_FILE)
         self._last, self._wrote = found, time.monotonic()
+        try:
+            write_note(self._folder.status, found, PUBLIC_FILE)
+        except StorageError as error:  # both halves need the daemon more than people need its words
+            logger.warning("%s", error)
 
     def _part(self, said: str, state: State) -> Part:
         """One process in status.json."""
@@ -215,7 +219,7 @@ class Daemon:
         study = happening.program.removeprefix("relay-")
         level, detail = logging.INFO, happening.detail
         if happening.kind == "started" and study != happening.program:
-            with self._folder.relay_log(study).open("a") as log:
+            with suppress(OSError), self._folder.relay_log(study).open("a") as log:
                 log.write(f"fedseg: {BEGINS}\n")
         if happening.kind == "ended" and not happening.expected:
             level = logging.WARNING

@@ -23,6 +23,7 @@ def raising(error: BaseException) -> typer.Typer:
     ("error", "status", "words"),
     [
         (DataError("a [bold] word"), 1, "a [bold] word"),
+        (PermissionError(13, "no", "/srv/site/run/daemon.pid"), 1, "no right to daemon.pid: run"),
         (ModuleNotFoundError("no", name="torch.nn"), 1, "'torch', which is not installed"),
         (ModuleNotFoundError("no", name="torch.nn"), 1, "pip install 'fedseg[site]'"),
     ],
