@@ -25,6 +25,7 @@ from fedseg.updates import StageName
 
 PLAIN_ROUNDS_KEPT = 20
 SEALED_ROUNDS_KEPT = 3
+MOST_KEYS = 8
 STAGES: tuple[str, ...] = get_args(StageName)
 _SLOT = re.compile(r"(\d{6,10})-([a-z_]{1,32})")
 
@@ -86,8 +87,11 @@ class Answers:
         """A file to seal an answer into; it is durable when the block ends, or not there at all.
 
         Raises:
+            TrustError: it was sealed for as many receiving keys as no coordinator loses.
             StorageError: it could not be written.
         """
+        if len(list((self._folder / slot.name).glob(f"{about}.*.sealed"))) >= MOST_KEYS:
+            raise TrustError(f"an answer of round {slot.round} is asked for under ever new keys")
         with _whole(self._path(slot, f"{about}.{_short(reply_to)}", "sealed")) as file:
             yield file
 
@@ -117,7 +121,7 @@ class Answers:
         for slot in self._slots():
             for kind, rounds in kept.items():
                 if slot.round <= newest - rounds:
-                    for path in (self._folder / slot.name).glob(f"*.{kind}"):
+                    for path in (self._folder / slot.name).glob(f"*.{kind}*"):  # and its .part
                         path.unlink(missing_ok=True)
 
     def _slots(self) -> Iterator[Slot]:

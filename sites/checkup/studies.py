@@ -14,7 +14,7 @@ from fedseg.errors import FedsegError
 from fedseg.plan import load_plan
 from fedseg.security.identity import Roll
 from fedseg.security.keys import VerifyKey
-from sites.approval import approved
+from sites.approval import approved, frozen_record
 from sites.checkup.machine import size_of_files
 from sites.checkup.network import AHEAD
 from sites.checkup.verdict import Verdict, fail, warn, well
@@ -55,7 +55,10 @@ def permission(folder: SiteFolder, study: str) -> Verdict:
             f"`fedseg-site plan show {study}`, then `plan approve` or `plan refuse`",
         )
     try:
-        authorise(load_policy(folder.policy), plan)
+        chosen = frozen_record(folder, study, plan.digest)
+        authorise(
+            load_policy(folder.policy), plan, chosen.patients.get("train", 0) if chosen else None
+        )
     except FedsegError as error:
         return fail(subject, str(error), "nothing is trained before one of the two changes")
     if folder.offered_roll(study).exists() and not approval.any_later_sites:

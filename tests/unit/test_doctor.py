@@ -396,11 +396,12 @@ def test_the_approved_data_are_read_again_and_what_changed_is_not_repeated(
 def test_policy_approval_and_dates_of_a_study(joined: tuple[SiteFolder, StudyFolder]) -> None:
     site, _ = joined
     assert studies.permission(site, STUDY).condition == "ok"
-    site.policy.write_text("privacy_none: false\n")
-    try:
-        assert studies.permission(site, STUDY).condition == "fail"
-    finally:
-        site.policy.write_text("privacy_none: true\n")
+    for rule in ("privacy_none: false\n", "privacy_none: true\nsmallest_cohort: 1000\n"):
+        site.policy.write_text(rule)
+        try:
+            assert studies.permission(site, STUDY).condition == "fail"
+        finally:
+            site.policy.write_text("privacy_none: true\n")
     assert studies.flower(site, STUDY).condition == "ok"
     assert studies.roll(site, STUDY, now).condition == "ok"
     soon = studies.roll(site, STUDY, lambda: NOW + timedelta(days=380))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedseg.errors import StorageError, TrustError
-from sites.answers import PLAIN_ROUNDS_KEPT, SEALED_ROUNDS_KEPT, Answers, Slot
+from sites.answers import MOST_KEYS, PLAIN_ROUNDS_KEPT, SEALED_ROUNDS_KEPT, Answers, Slot
 
 ONE, TWO, THREE = (digit * 64 for digit in "abc")
 TRAIN = Slot(1, "train")
@@ -81,3 +81,23 @@ def test_old_answers_are_cleared_and_their_tasks_never_worked_on_again(answers: 
     for about in (ONE, TWO):
         with pytest.raises(TrustError):
             answers.begin(TRAIN, about, attempts=5)
+
+
+def test_what_a_power_cut_left_half_written_is_cleared_with_the_rest(
+    answers: Answers, tmp_path: Path
+) -> None:
+    answers.begin(TRAIN, ONE, attempts=1)
+    for kind in ("plain", "sealed"):
+        (tmp_path / "answers" / TRAIN.name / f"{ONE}.{kind}.part").write_bytes(b"half an update")
+    answers.begin(Slot(1 + PLAIN_ROUNDS_KEPT, "train"), ONE, attempts=1)
+    left = [path.name for path in (tmp_path / "answers" / TRAIN.name).iterdir()]
+    assert left == [f"{ONE}.begun"]
+
+
+def test_ever_new_receiving_keys_do_not_fill_the_disk(answers: Answers) -> None:
+    for number in range(MOST_KEYS):
+        seal(answers, TRAIN, ONE, f"key {number}", b"sealed")
+    with pytest.raises(TrustError, match="ever new keys"):
+        seal(answers, TRAIN, ONE, "one more", b"sealed")
+    assert answers.sealed(TRAIN, ONE, "key 0") is not None
+    seal(answers, TRAIN, TWO, "key", b"sealed")
