@@ -16,8 +16,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import BufferedRandom
 from pathlib import Path
-from typing import BinaryIO, get_args
+from typing import get_args
 
 from fedseg.container import write_atomically
 from fedseg.errors import StorageError, TrustError
@@ -83,7 +84,7 @@ class Answers:
         return path if path.exists() else None
 
     @contextmanager
-    def sealing(self, slot: Slot, about: str, reply_to: str) -> Iterator[BinaryIO]:
+    def sealing(self, slot: Slot, about: str, reply_to: str) -> Iterator[BufferedRandom]:
         """A file to seal an answer into; it is durable when the block ends, or not there at all.
 
         Raises:
@@ -147,7 +148,7 @@ def _short(reply_to: str) -> str:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
+def _whole(path: Path) -> Iterator[BufferedRandom]:
     """Write a seekable file that is there whole, and safe from a power cut, or not at all."""
     draft = path.with_name(path.name + ".part")
     try:

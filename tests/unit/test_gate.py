@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from datetime import timedelta
@@ -63,6 +64,14 @@ def test_an_answer_is_the_one_that_the_coordinator_can_fold(site: Hospital) -> N
         answer, site.consortium.plan, task=about, stage="train", site="hospital_a"
     )
     assert delta.keys() == site.consortium.model.keys()
+
+
+def test_the_audit_names_an_answer_as_the_coordinators_does(site: Hospital) -> None:
+    answer = site.ask(site.task())
+    assert isinstance(answer, Path)
+    (entry,) = site.audited("answered")
+    assert entry.facts["digest"] == hashlib.sha256(answer.read_bytes()).hexdigest()
+    assert entry.facts["bytes"] == answer.stat().st_size
 
 
 def test_a_repeated_task_gets_the_same_bytes_and_trains_nothing(site: Hospital) -> None:
