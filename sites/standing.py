@@ -60,7 +60,7 @@ def _study(folder: SiteFolder, name: str, daemon: dict[str, Any] | None) -> dict
     part = None if daemon is None else daemon["studies"].get(name)
     last, here = None, False
     try:
-        state = "approved" if approved(folder, name) else "not approved"
+        state = _approval(folder, name)
         last, here = Answers(folder.answers(name)).last, folder.model(name).exists()
     except FedsegError as error:
         state = str(error)
@@ -74,3 +74,12 @@ def _study(folder: SiteFolder, name: str, daemon: dict[str, Any] | None) -> dict
         "last": None if last is None else {"round": last.round, "stage": last.stage},
         "model": here,
     }
+
+
+def _approval(folder: SiteFolder, name: str) -> str:
+    """Whether the hospital has said yes, and whether somebody waits for another yes."""
+    approval = approved(folder, name)
+    if approval is None:
+        return "not approved"
+    waits = folder.offered_roll(name).exists() and not approval.any_later_sites
+    return "new sites wait for approval" if waits else "approved"

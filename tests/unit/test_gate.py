@@ -20,6 +20,7 @@ from fedseg.updates import open_answer, task_digest
 from sites.decision import refuse
 from sites.enrolment import leave
 from sites.gate import Gate
+from sites.standing import standing
 from sites.trainer import Trainer
 
 
@@ -116,9 +117,11 @@ def test_a_site_that_left_is_taken_from_the_list_and_a_new_one_waits(
     plain = consortium.plain("enlist", 0, roll=more)
     assert site.code(site.ask(site.task(plain=plain, under=more))) == "roster"
     assert site.folder.offered_roll("tiny").exists()
+    assert standing(site.folder)["studies"]["tiny"]["plan"] == "new sites wait for approval"
     assert site.said(site.ask(site.task())).body.kind == "train"  # the old list still counts
     approved(site.folder, consortium, data)
     assert not site.folder.offered_roll("tiny").exists()
+    assert standing(site.folder)["studies"]["tiny"]["plan"] == "approved"
     assert site.said(site.ask(site.task(plain=plain, under=more))).body.kind == "enlist"
     assert site.code(site.ask(site.task())) == "roster"
     fewer = consortium.roll(site.own, version=3)
