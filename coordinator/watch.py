@@ -95,8 +95,8 @@ class Watch:
                 self._failed(event.failure)
             case StageClosed():
                 self._closed(event)
-            case Paused():
-                self._phase, self._note = "paused", ""
+            case Paused():  # sites may have enlisted beside the stages: nothing is open any more
+                self._phase, self._note, self._open = "paused", "", None
             case Resumed():
                 self._phase, self._note = "running", ""
         self._write()
@@ -113,16 +113,11 @@ class Watch:
             self._phase, self._open = "finished", None
         self._write()
 
-    def enrolled(self, sites: Iterable[str]) -> None:
-        """The roll changed: these sites are enrolled now."""
-        self._sites = tuple(sites)
-        self._write()
-
-    def online(self, sites: Collection[str]) -> None:
-        """These sites, and no others, are on line now; write where that is news."""
-        known = {*self._names(), *sites}
-        for name in known:
-            here = name in sites
+    def seen(self, enrolled: Collection[str], online: Collection[str]) -> None:
+        """These sites are enrolled now, and of them these are on line."""
+        self._sites = tuple(sorted(enrolled))
+        for name in {*self._names(), *online}:
+            here = name in online
             own = self._seen.get(name, Sighting())
             seen = self._time() if here else own.last_seen
             self._seen[name] = own.model_copy(update={"online": here, "last_seen": seen})
@@ -159,6 +154,8 @@ class Watch:
         """A task goes out: of the stage that is due, or beside it to those who come late."""
         if self._position is not None:
             self._phase, self._note = "running", ""
+        elif event.stage == "enlist":  # after the end, for the release's sake: no stage opens
+            return
         self._answers, self._failures = [], []
         self._size = event.size
         self._open = OpenStage(
@@ -174,9 +171,9 @@ class Watch:
         """Who is to answer, as far as that is known by name."""
         if self._position is None:  # the release again, to those who lack it
             have = {answer.site for answer in self._history[-1].answers}
-            return tuple(name for name in self._names() if name not in have)
+            return tuple(name for name in self._sites if name not in have)
         late = event.stage == "enlist" and self._position.stage != "enlist"
-        return () if late else self._names()
+        return () if late else self._sites
 
     def _answered(self, answer: SiteAnswer) -> None:
         """A site answered: it is here."""

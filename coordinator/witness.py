@@ -63,7 +63,7 @@ class Witness:
 
     @contextmanager
     def presence(self, superlink: SuperLink) -> Iterator[None]:
-        """Meanwhile note every few seconds which sites are on line."""
+        """Meanwhile note every few seconds which sites are enrolled and on line."""
         over = threading.Event()
         thread = threading.Thread(target=self._look, args=(superlink, over), daemon=True)
         thread.start()
@@ -74,12 +74,15 @@ class Witness:
             thread.join(timeout=PRESENCE_S)
 
     def _look(self, superlink: SuperLink, over: threading.Event) -> None:
-        """Ask the SuperLink who is on line until the run is over."""
+        """Ask the SuperLink, whose nodes are those of the roll, until the run is over."""
         while True:
             try:
-                here = [node.name for node in superlink.nodes() if node.online]
+                nodes = superlink.nodes()
                 with self._lock:
-                    self._watch.online(here)
+                    self._watch.seen(
+                        enrolled=[node.name for node in nodes],
+                        online=[node.name for node in nodes if node.online],
+                    )
             except SuperLinkError as error:
                 logger.warning("nobody knows who is on line: %s", error)
             if over.wait(PRESENCE_S):

@@ -36,7 +36,7 @@ class Study:
         self.folder = folder
         state = first_state(folder.plan(), tiny_model())
         self._watch = Watch(folder.progress, folder.plan(), state, sites=SITES)
-        self._watch.online(SITES)
+        self._watch.seen(SITES, SITES)
 
     def open(self, round_: int, stage: str) -> None:
         self._watch(StageOpened(round_, stage, 1, len(SITES)))  # type: ignore[arg-type]

@@ -181,7 +181,7 @@ def test_a_restart_keeps_times_and_everything_else_from_the_checkpoint(tmp_path:
     watch = watch_of(path, plan, state, clock)
     for _ in range(3):
         state = run_stage(watch, plan, state, clock)
-    watch.online({"site_a", "site_b"})
+    watch.seen(SITES, {"site_a", "site_b"})
     before = read(path)
     watch(StageOpened(2, "evaluate", 1, 3))
     clock.wait(600.0)
@@ -192,7 +192,7 @@ def test_a_restart_keeps_times_and_everything_else_from_the_checkpoint(tmp_path:
     assert after.open is None and after.phase == "waiting"
     assert after.site("site_a").sighting.last_seen == before.site("site_a").sighting.last_seen
     assert after.site("site_a").sighting.online is None, "nobody has looked yet"
-    again.online({"site_c"})
+    again.seen(SITES, {"site_c"})
     assert read(path).site("site_c").sighting.online is True
 
 
@@ -277,6 +277,34 @@ def test_a_pause_is_told(tmp_path: Path) -> None:
     assert read(path).phase == "paused"
     watch(Resumed())
     assert read(path).phase == "running"
+
+
+def test_sites_that_enlist_beside_the_stages_leave_none_open(tmp_path: Path) -> None:
+    """A coordinator that starts again while the study is paused, and one that offers the end."""
+    plan, clock, path = built_plan(), Clock(), tmp_path / "progress.json"
+    state = first_state(plan, tiny_model())
+    watch = watch_of(path, plan, state, clock)
+    state = run_stage(watch, plan, state, clock)
+    watch(StageOpened(0, "enlist", 1, 3))
+    watch(Paused())
+    assert (read(path).phase, read(path).open) == ("paused", None)
+    while state.position is not None:
+        state = run_stage(watch, plan, state, clock)
+    watch(StageOpened(0, "enlist", 1, 1))
+    watch(SiteFailed(0, "enlist", SiteFailure(site="node-42", code="plan", reason="no")))
+    assert read(path).finished and read(path).open is None
+
+
+def test_who_was_enrolled_is_shown_and_who_was_revoked_is_not_waited_for(tmp_path: Path) -> None:
+    plan, clock, path = built_plan(), Clock(), tmp_path / "progress.json"
+    state = first_state(plan, tiny_model())
+    watch = watch_of(path, plan, state, clock)
+    state = run_stage(watch, plan, state, clock)
+    watch.seen(["site_a", "site_b", "site_d"], ["site_a"])
+    assert read(path).site("site_d").sighting.online is False
+    watch(StageOpened(1, "train", 1, 3))
+    assert read(path).open.waiting_for == ("site_a", "site_b", "site_d")
+    assert read(path).site("site_c").answers == 1, "its part in the study is not forgotten"
 
 
 def test_a_full_disk_does_not_stop_the_study(
