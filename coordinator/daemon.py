@@ -30,11 +30,11 @@ from coordinator.superlink import (
 )
 from coordinator.unattended import audit_of, unattended_key
 from fedseg.container import write_atomically
-from fedseg.errors import FedsegError
+from fedseg.errors import FedsegError, StorageError
 from fedseg.logs import FIELDS
 from fedseg.security.keys import SigningKey
 from fedseg.sole import sole
-from fedseg.supervision import Happening, Program, Supervisor
+from fedseg.supervision import Happening, Program, Supervisor, keep_short
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,7 @@ class Daemon:
         self._look_at = self._nodes_at = self._warn_at = 0.0
         self._trouble = ""
         self._written: DaemonReport | None = None
+        self._untold = ""
 
     def run(self, asked: Callable[[], bool]) -> None:
         """Turn until asked to end, by a signal or by `fedseg-coordinator stop`."""
@@ -124,6 +125,7 @@ class Daemon:
             self._watch_flags()
             self._watch_certificate()
             self._warn(now)
+            keep_short(self._folder.log(PROXY))  # a proxy that runs as its own service writes it
             if self._supervisor.states()[SUPERLINK].ready:
                 self._watch_superlink(now)
             self._trouble = self._lack()
@@ -230,7 +232,7 @@ class Daemon:
             return 0.0
 
     def _report(self) -> None:
-        """Write what `status` shows, where it has changed."""
+        """Write what `status` shows, where it has changed; a full disk is only logged."""
         states, run = self._supervisor.states(), self._runs.state
         report = DaemonReport(
             pid=os.getpid(),
@@ -246,9 +248,16 @@ class Daemon:
             paused=self._paused,
             trouble=self._trouble,
         )
-        if report != self._written:
+        if report == self._written:
+            return
+        try:
             write_atomically(self._folder.daemon_report, report.model_dump_json().encode())
             self._written = report
+            self._untold = ""
+        except StorageError as error:  # no study ends because nobody can be told of it
+            if str(error) != self._untold:
+                logger.warning("the daemon's report is out of date: %s", error)
+            self._untold = str(error)
 
     def _happened(self, happening: Happening) -> None:
         """What a program did goes to the log."""

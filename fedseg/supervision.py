@@ -206,7 +206,7 @@ class Supervisor:
         elif not life.state.ready and (life.program.ready is None or life.program.ready()):
             life.become(now, ready=True)
             self._tell(life, "ready", f"{life.program.name} is ready", pid=life.process.pid)
-        _bound(life.program.log)
+        keep_short(life.program.log)
 
     def _start(self, life: _Life, now: float) -> None:
         """Begin a new life; a program that cannot be executed counts as one that ended."""
@@ -313,6 +313,19 @@ class _Life:
         )
 
 
+def keep_short(log: Path) -> None:
+    """Cut a log beyond 32 MB, keeping one older file; writers that append go on at the new end.
+
+    It is cut where there is no room for the older file too.
+    """
+    with suppress(OSError):
+        if log.stat().st_size > LONGEST_LOG_BYTES:
+            try:
+                shutil.copyfile(log, log.with_name(log.name + ".1"))
+            finally:
+                os.truncate(log, 0)
+
+
 def meaning(status: int) -> str:
     """An exit status in words."""
     return f"killed by signal {-status}" if status < 0 else f"exit status {status}"
@@ -368,11 +381,3 @@ def _same(one: Program, other: Program) -> bool:
         other.log,
         other.folder,
     )
-
-
-def _bound(log: Path) -> None:
-    """Cut a log that has grown too long; its writers append, so they go on at the new end."""
-    with suppress(OSError):
-        if log.stat().st_size > LONGEST_LOG_BYTES:
-            shutil.copyfile(log, log.with_name(log.name + ".1"))
-            os.truncate(log, 0)
