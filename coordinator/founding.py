@@ -63,7 +63,8 @@ def found(
         raise ValueError("the settings are of another study than the plan")
     model = _initial_of(plan, plan_file)
     with _whole(folder.path) as draft:
-        for place in (draft.keys, draft.ca, draft.tls, draft.bundles, draft.run, draft.logs):
+        secret = (draft.keys, draft.ca, draft.tls, draft.bundles)
+        for place in (*secret, draft.rounds, draft.run, draft.logs):
             place.mkdir(mode=0o700)
         write_atomically(draft.settings_file, settings.model_dump_json(indent=2).encode() + b"\n")
         write_atomically(draft.plan_file, plan.canonical_bytes)

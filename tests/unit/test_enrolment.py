@@ -88,7 +88,8 @@ class TestFounding:
         assert {modes[name] for name in ("keys/study.key", "ca/ca.key", "tls/server.key")} == {
             0o600
         }
-        assert {modes[name] for name in ("keys", "ca", "tls", "bundles", "run", "logs")} == {0o700}
+        closed = ("keys", "ca", "tls", "bundles", "rounds", "run", "logs")
+        assert {modes[name] for name in closed} == {0o700}
         assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
 
     def test_nothing_secret_lies_outside_the_three_folders(self, tmp_path: Path) -> None:
