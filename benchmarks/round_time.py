@@ -5,7 +5,7 @@
 A real federation on this machine (coordinator, proxy, three sites; TLS, node authentication, sealed
 tasks) runs a study whose training is two steps on patches of 16 voxels a side. Afterwards the same
 SuperLink and SuperNodes run a bare Flower app that echoes a few bytes: the floor. Both are warm:
-the first stage of each is left out. The clocks of all processes are the machine's, so the audit logs of
+the first stage of each is left out. The clocks of all processes are one, so the audit logs of
 both sides tell where a stage's time goes. `--large` runs three rounds of a model of 120 MB instead
 and gives each kind of process's peak memory (VmHWM, MB of 10**6 bytes).
 """
@@ -42,7 +42,7 @@ KINDS = {
     "flower-superlink": "superlink",
     "flwr-serverapp": "ServerApp",
     "flwr-clientapp": "relay's ClientApp",
-    "flower-supernode": "relay",
+    "sites.supernode": "relay",
     "flower-superexec": "superexec",
     "fedseg-site\0trainer": "trainer",
     "fedseg-coordinator": "coordinator's daemon",

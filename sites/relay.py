@@ -13,10 +13,10 @@ still holds, up to 60 s after a kill, are refused in the same words.
 from __future__ import annotations
 
 import os
+import sys
 import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from fedseg.errors import DataError
@@ -49,13 +49,13 @@ BEGINS = "Starting Flower SuperNode"
 # Flower's words; its SuperExec, which tries to reach a SuperNode that ended, uses the same ones.
 _FINAL: tuple[tuple[str, Word], ...] = (
     ("CERTIFICATE_VERIFY_FAILED", "certificate"),
-    ("SSL/TLS handshake error", "certificate"),
     ("Failed to initialize the connection", "refused"),
 )
 _PASSING: tuple[tuple[str, Word], ...] = (
     ("SuperNode ID: ", "on line"),
     ("Connection successful after", "on line"),
     ("Connection attempt failed, retrying", "unreachable"),
+    ("SSL/TLS handshake error", "unreachable"),
 )
 
 
@@ -74,14 +74,11 @@ def relay_of(folder: SiteFolder, study: str, outside: Mapping[str, str] = os.env
         outside: the environment that proxy settings are taken from.
 
     Raises:
-        DataError: the study has no link, Flower is not installed, or a path cannot be passed on.
+        DataError: the study has no link, or a path cannot be passed on.
     """
     link = folder.link_of(study)
-    program = Path(sysconfig.get_path("scripts")) / "flower-supernode"
-    if not program.exists():
-        raise DataError("flower-supernode is not installed beside fedseg: install fedseg again")
     command = (
-        str(program),
+        *(sys.executable, "-P", "-m", "sites.supernode"),
         *("--superlink", link.address),
         *("--root-certificates", str(folder.ca(study))),
         *("--auth-supernode-private-key", str(folder.node_key)),

@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -45,6 +46,7 @@ from fedseg.security.keys import VerifyKey
 from fedseg.simulation.deployment import Deployment, descendants, free_ports
 from fedseg.simulation.hospitals import divide
 from fedseg.simulation.study import Options, simulate
+from fedseg.sole import holder
 
 SITES = ("hospital_a", "hospital_b", "hospital_c")
 KINDS = (
@@ -143,7 +145,7 @@ class Faults:
         self.deployment.set_up()
         self._disks()
         self.wire = Wire(*self._rewire())
-        self._at_work = True
+        self.since = datetime.now(UTC)
 
     @property
     def plan(self) -> StudyPlan:
@@ -195,20 +197,30 @@ class Faults:
         return _nothing
 
     def _pid(self, kind: str, name: str) -> int:
-        """A process by what it is, below a daemon."""
+        """A process by what it is, below a daemon; one that is just being started is waited for."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            found = self._running(kind, name)
+            if found is not None:
+                return found
+            time.sleep(0.1)
+        raise LookupError(f"no {kind} runs at {name}")
+
+    def _running(self, kind: str, name: str) -> int | None:
+        """The same, if it runs now."""
         if kind == "serverapp":
-            return int(self.deployment.coordinator.study_lock.read_text().split()[0])
-        words = {
+            return holder(self.deployment.coordinator.study_lock) or None
+        known = {
             "superlink": "flower-superlink",
-            "proxy": "nginx: master",
-            "relay": "flower-supernode",
+            "proxy": "nginx",
+            "relay": "sites.supernode",
             "trainer": "fedseg-site\0trainer",
         }
         for pid in descendants(self.deployment.pid(name)):
             with suppress(OSError):
-                if words[kind] in Path(f"/proc/{pid}/cmdline").read_text(errors="replace"):
+                if known[kind] in Path(f"/proc/{pid}/cmdline").read_text(errors="replace"):
                     return pid
-        raise LookupError(f"no {kind} runs at {name} at this moment")
+        return None
 
     def _fill(self, place: Path) -> Mend:
         """Fill a small disk to its last byte; mended after a while by removing the ballast."""
@@ -260,6 +272,8 @@ def _wait_for(faults: Faults, phase: str) -> tuple[Progress, str]:
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         progress = faults.deployment.progress
+        if progress and datetime.fromisoformat(progress.updated) < faults.since:
+            progress = None  # an earlier run of this program wrote it
         stage = progress.open if progress else None
         if progress and progress.finished:
             break

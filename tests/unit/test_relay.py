@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
 import tomllib
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from fedseg.errors import DataError
+from fedseg.security.certificates import make_ca
+from fedseg.security.nodekeys import make_node_key
 from sites.folder import Link, SiteFolder, write_note
 from sites.relay import BEGINS, OURSELVES, relay_of, what_it_says
 
@@ -67,7 +74,7 @@ def test_the_relays_environment_is_made_and_not_inherited(tmp_path: Path) -> Non
 def test_the_relay_is_told_its_own_study_and_keys_of_flowers_alone(tmp_path: Path) -> None:
     folder = site(tmp_path)
     command = relay_of(folder, "lung", OUTSIDE).command
-    assert Path(command[0]).name == "flower-supernode"
+    assert command[1:4] == ("-P", "-m", "sites.supernode")
     assert option(command, "--superlink") == "fl.example.org:443"
     assert option(command, "--root-certificates") == str(folder.ca("lung"))
     assert option(command, "--auth-supernode-private-key") == str(folder.node_key)
@@ -109,3 +116,42 @@ def test_a_path_that_flower_would_read_otherwise_is_refused(tmp_path: Path) -> N
 )
 def test_flowers_log_says_how_a_relay_does(log: str, word: str) -> None:
     assert what_it_says(log) == word
+
+
+def test_a_relay_that_gave_up_ends_instead_of_lingering(tmp_path: Path) -> None:
+    folder = site(tmp_path)
+    make_node_key(folder.node_key)
+    pair = make_ca("elsewhere", datetime.now(UTC))
+    folder.ca("lung").write_bytes(pair.certificate)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        link = folder.link_of("lung").model_copy(
+            update={"address": f"127.0.0.1:{listener.getsockname()[1]}", "port": free_port()}
+        )
+        write_note(folder.link("lung"), link)
+        Thread(target=hang_up, args=(listener,), daemon=True).start()
+        relay = relay_of(folder, "lung")
+        folder.flower("lung").mkdir(parents=True)
+        with (tmp_path / "log").open("wb") as log:  # its SuperExec would hold a pipe open
+            done = subprocess.run(
+                relay.command,
+                env=dict(relay.environment),
+                stdout=log,
+                stderr=log,
+                timeout=100,
+                check=False,
+            )
+    assert b"handshake error" in (tmp_path / "log").read_bytes()
+    assert done.returncode != 0
+
+
+def hang_up(listener: socket.socket) -> None:
+    """Take every connection and close it, as a middle box does."""
+    with suppress(OSError):
+        while True:
+            listener.accept()[0].close()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
