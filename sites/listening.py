@@ -175,7 +175,10 @@ def opened_place(folder: SiteFolder, place: Place) -> Iterator[tuple[socket.sock
         )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         try:
-            path.unlink(missing_ok=True)
+            if (
+                path.is_socket()
+            ):  # of a trainer that was killed; any other file is not ours to remove
+                path.unlink()
             before = os.umask(0o177)
             try:
                 listener.bind(str(path))

@@ -100,6 +100,19 @@ def test_the_socket_is_its_owners_alone(site: Hospital) -> None:
     assert not site.folder.socket.exists()
 
 
+def test_an_old_socket_is_taken_over_and_no_other_file(site: Hospital) -> None:
+    with socket.socket(socket.AF_UNIX) as killed:
+        killed.bind(str(site.folder.socket))
+    with serving(site) as (door, _):
+        assert status(door)["closed"] is None
+    with (
+        pytest.raises(DataError, match="cannot listen"),
+        opened_place(site.folder, Place(f"unix:{site.folder.policy}")),
+    ):
+        pass
+    assert site.folder.policy.is_file()
+
+
 def test_a_group_may_be_let_in(site: Hospital) -> None:
     with opened_place(site.folder, Place(f"unix:{site.folder.socket}", group="root")):
         assert site.folder.socket.stat().st_mode & 0o777 == 0o660
