@@ -22,9 +22,12 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from small_studies import NOW, founded
 from typer.main import get_command
 
 from coordinator.cli import app as coordinator_app
+from coordinator.dashboard.notices import notices
+from coordinator.dashboard.reading import Reader
 from coordinator.folder import Settings, StudyFolder
 from sites.cli import app as site_app
 from sites.folder import SiteFolder
@@ -183,6 +186,19 @@ def test_the_proxy_sees_no_secret_but_the_servers_key() -> None:
     (config,) = (m for m in SERVICES["proxy"]["tmpfs"] if m.startswith("/study/"))
     uid = SERVICES["proxy"]["user"].split(":")[0]
     assert config.startswith("/study/proxy:") and f"uid={uid}" in config
+
+
+def test_the_page_sees_no_secret_but_the_servers_key_and_misses_nothing(tmp_path: Path) -> None:
+    whole = founded(tmp_path / "study")[0].path
+    seen = {m["volume"]["subpath"] for m in SERVICES["dashboard"]["volumes"]}
+    for name in seen:
+        (tmp_path / "page" / name).parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (whole / name).is_dir() else shutil.copyfile
+        copy(whole / name, tmp_path / "page" / name)
+    page = StudyFolder(tmp_path / "page")
+    assert not (page.study_key.exists() or page.ca_key.exists() or page.outbox.exists())
+    progress, situation = Reader(page, now=lambda: NOW).read()
+    assert notices(progress, situation) == ()
 
 
 def test_every_path_in_a_study_or_a_site_is_one_of_its_folder() -> None:
@@ -421,8 +437,7 @@ HARDENED = {
     "NoNewPrivileges": "yes", "RestrictSUIDSGID": "yes", "RestrictNamespaces": "yes",
     "LockPersonality": "yes", "ProtectProc": "invisible", "ProtectKernelModules": "yes",
     "ProtectKernelTunables": "yes", "ProtectKernelLogs": "yes", "ProtectControlGroups": "yes",
-    "ProtectClock": "yes", "SystemCallArchitectures": "native", "Restart": "always",
-    "UMask": "0077",
+    "ProtectClock": "yes", "SystemCallArchitectures": "native", "UMask": "0077",
 }  # fmt: skip
 
 
@@ -430,6 +445,8 @@ HARDENED = {
 def test_a_unit_is_closed_in(path: str) -> None:
     found = unit(path)
     assert {name: found[name][-1] for name in HARDENED} == HARDENED
+    stoppable = "fedseg-coordinator@" in path  # by its own `stop`, which must not be undone
+    assert found["Restart"] == ["on-failure" if stoppable else "always"]
     bounding = "CAP_NET_BIND_SERVICE" if "proxy" in path else ""
     assert found["CapabilityBoundingSet"] == [bounding]
     assert "@system-service" in found["SystemCallFilter"]
