@@ -55,15 +55,16 @@ def holder(path: Path) -> int | None:
     except FileNotFoundError:
         return None
     try:
-        return None if _take(descriptor) else _pid(descriptor)
+        shared = fcntl.LOCK_SH  # two who look at once must not take each other for the holder
+        return None if _take(descriptor, shared) else _pid(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _take(descriptor: int) -> bool:
+def _take(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
     """Take the lock if it is free; closing the file lets it go."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -49,3 +50,12 @@ def test_who_only_looks_is_waited_for(tmp_path):
     with sole(path, "it runs", patience_s=5.0):
         pass
     looker.communicate()
+
+
+def test_many_who_look_at_once_do_not_take_each_other_for_the_holder(tmp_path):
+    """A killed run's number stands in the file; the daemon would end the run that follows it."""
+    path = tmp_path / "x.lock"
+    path.write_text("999999\n")
+    with ThreadPoolExecutor(4) as pool:
+        looks = pool.map(lambda _: {holder(path) for _ in range(500)}, range(4))
+        assert set().union(*looks) == {None}
