@@ -346,10 +346,12 @@ def make_trainer(folder: SiteFolder, study: str, plan: StudyPlan, device: str = 
 
 
 def _name(said: TaskHeader, header: EnvelopeHeader, approval: Approval) -> str:
-    """What a task's answer is stored under; what a site brings may change with its approval."""
-    if said.stage != "enlist":
-        return header.about
-    return hashlib.sha256(f"{header.about} {approval.signature}".encode()).hexdigest()
+    """What a task's answer is stored under; one from data that are no longer approved is none.
+
+    Enlisting is asked anew after every approval.
+    """
+    brings = approval.signature if said.stage == "enlist" else approval.cohort
+    return hashlib.sha256(f"{header.about} {brings}".encode()).hexdigest()
 
 
 def _code_of(error: FedsegError) -> RefusalCode:

@@ -224,6 +224,21 @@ def test_a_study_that_is_left_during_the_work_lets_nothing_out_and_leaves_nothin
     assert list(site.folder.studies.iterdir()) == []
 
 
+def test_an_answer_from_data_that_are_no_longer_approved_does_not_go_out_again(
+    site: Hospital, tmp_path: Path
+) -> None:
+    envelope = site.task()
+    first = site.consortium.read(site.ask(envelope), site.own)
+    for number in (1, 2):  # the plan has two attempts: approving anew brings no third
+        approved(
+            site.folder, site.consortium, phantoms(tmp_path / f"{number}", patients=5 - number)
+        )
+        answer = site.ask(envelope)
+        assert number == 2 or site.consortium.read(answer, site.own) != first
+    assert site.code(answer) == "task"
+    assert site.trained == 2
+
+
 @pytest.mark.parametrize("place", ["handle", "_work"])
 def test_what_nobody_foresaw_is_logged_without_its_text(
     place: str, site: Hospital, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
