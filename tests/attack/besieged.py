@@ -22,6 +22,7 @@ from pathlib import Path
 from small_hospitals import PLAN_VALUES
 
 from coordinator.progress import Progress
+from coordinator.superlink import SuperLink, SuperLinkError
 from fedseg.chain import Entry, verify_chain
 from fedseg.commands.federation import write_plan_file
 from fedseg.imaging.phantoms import write_phantoms
@@ -132,8 +133,12 @@ def besiege(folder: Path) -> Iterator[Besieged]:
         try:
             watching = threading.Thread(target=_keep_tasks, args=(found,), daemon=True)
             watching.start()
-            deployment.start_all()
+            deployment.start("coordinator")
+            _until_liar(found, online=False)  # or it is refused, and ends
             found.relay = found.supernode(found.site(LIAR), folder / "liar.log")
+            _until_liar(found, online=True)  # so that it is asked when the sites enlist
+            for name in HONEST:
+                deployment.start(name)
             deployment.wait(_trains, 200, _nothing)
             deployment.coordinator.paused.touch()
             deployment.wait(lambda now: now.phase == "paused", 60, _nothing)
@@ -158,6 +163,18 @@ def tracer(trace: Path) -> tuple[str, ...]:
     command = (strace, "-D", "-ff", "--seccomp-bpf", "-qq", *what, "-o", str(trace / "of"))
     permitted = subprocess.run([*command, "true"], check=False, capture_output=True).returncode == 0
     return command if permitted else ()
+
+
+def _until_liar(found: Besieged, *, online: bool) -> None:
+    """Wait until the liar's node is known to the SuperLink, or on line there."""
+    folder, deadline = found.deployment.coordinator, time.monotonic() + 120
+    superlink = SuperLink(folder, folder.settings())
+    while time.monotonic() < deadline:
+        with suppress(SuperLinkError):
+            if any(n.name == LIAR and n.online >= online for n in superlink.nodes()):
+                return
+        time.sleep(0.2)
+    raise TimeoutError("the liar's node does not come on line")
 
 
 def _trains(progress: Progress) -> bool:

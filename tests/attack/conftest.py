@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
-from besieged import Besieged, besiege
+
+if TYPE_CHECKING:
+    from besieged import Besieged
 
 
 @pytest.fixture(scope="session")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Besieged]:
     """The federation, paused after its first round of training."""
+    from besieged import besiege
+
     yield from besiege(tmp_path_factory.mktemp("fed"))

@@ -23,7 +23,7 @@ import pytest
 from besieged import HONEST, LIAR, Besieged, tracer
 from traces import attempts, ours, ports, reached
 
-pytestmark = [pytest.mark.timeout(400), pytest.mark.xdist_group("federation")]
+pytestmark = pytest.mark.timeout(500)
 
 
 @pytest.fixture(scope="module")
