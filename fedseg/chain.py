@@ -25,7 +25,14 @@ from pydantic import Field
 from fedseg.container import write_atomically
 from fedseg.errors import StorageError, TrustError
 from fedseg.plan import Digest, Frozen
-from fedseg.security.documents import Signature, from_text, open_document, signable, to_text
+from fedseg.security.documents import (
+    UNSIGNED,
+    Signature,
+    from_text,
+    open_document,
+    signable,
+    to_text,
+)
 from fedseg.security.keys import SIGNATURE_BYTES, SigningKey, VerifyKey
 
 MAX_LINE_BYTES = 64 * 1024
@@ -114,7 +121,6 @@ class Chain:
     def _entry(self, last: Entry | None, event: str, facts: dict[str, Fact]) -> Entry:
         """The entry after `last`."""
         number, prev = (last.n + 1, last.hash) if last else (1, START)
-        place = "A" * 86 + "=="
         draft = Entry(
             n=number,
             at=self._now(),
@@ -122,7 +128,7 @@ class Chain:
             facts=facts,
             prev=prev,
             hash=START,
-            signature=place,
+            signature=UNSIGNED,
         )
         digest = _hash(draft)
         signature = to_text(self._signer.sign(_ENTRY, bytes.fromhex(digest)))
@@ -130,7 +136,7 @@ class Chain:
 
     def _write_head(self, number: int, digest: str) -> None:
         """Replace the head."""
-        head = _Head(n=number, hash=digest, signature="A" * 86 + "==")
+        head = _Head(n=number, hash=digest, signature=UNSIGNED)
         signature = to_text(self._signer.sign(_HEAD, signable(head)))
         signed = head.model_copy(update={"signature": signature})
         write_atomically(_head_path(self._path), signed.canonical_bytes + b"\n", mode=_MODE)

@@ -15,14 +15,20 @@ from pydantic import Field
 
 from fedseg.errors import TrustError
 from fedseg.plan import Digest, Frozen, Name, SiteName
-from fedseg.security.documents import Moment, Signature, from_text, signable, to_text
+from fedseg.security.documents import (
+    UNSIGNED,
+    Moment,
+    Signature,
+    from_text,
+    signable,
+    to_text,
+)
 from fedseg.security.keys import SIGNATURE_BYTES, SigningKey, VerifyKey
 from fedseg.updates import NotNegativeInt, SplitName
 from sites.folder import SiteFolder, read_note
 from sites.keyring import own_identity
 
 CONTEXT = "approval"
-_PLACE = "A" * 86 + "=="  # stands where the signature will
 
 
 class CohortRecord(Frozen):
@@ -78,7 +84,7 @@ class Approval(Frozen):
     cohort: Digest
     when: Moment
     by: Annotated[str, Field(max_length=200)]
-    signature: Signature = _PLACE
+    signature: Signature = UNSIGNED
 
     def signed(self, key: SigningKey) -> Approval:
         """The same approval with this site's signature."""

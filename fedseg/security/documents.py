@@ -42,6 +42,7 @@ def _checked_moment(text: str) -> str:
 
 Moment = Annotated[str, Field(max_length=40), AfterValidator(_checked_moment)]
 Signature = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{86}==$")]
+UNSIGNED = "A" * 86 + "=="  # stands where the signature will
 
 
 def open_document(data: bytes, kind: type[Document], *, max_bytes: int, what: str) -> Document:

@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 from fedseg.errors import TrustError
 from fedseg.plan import MAX_PLAN_BYTES, Frozen, Name, SiteName, StudyPlan
 from fedseg.security.documents import (
+    UNSIGNED,
     Moment,
     Signature,
     from_text,
@@ -187,7 +188,7 @@ def make_request(identity: SiteIdentity, key: SigningKey, now: str) -> bytes:
     """
     if key.public.text != identity.signing:
         raise ValueError("a request is signed by the key that it names")
-    draft = Request(identity=identity, created=now, signature=_PLACE)
+    draft = Request(identity=identity, created=now, signature=UNSIGNED)
     return _sealed(draft, key, _REQUEST)
 
 
@@ -252,7 +253,7 @@ def make_bundle(
         roll=roll,
         flower=flower,
         issued=issued,
-        signature=_PLACE,
+        signature=UNSIGNED,
     )
     return _sealed(draft, key, _BUNDLE)
 
@@ -282,9 +283,6 @@ def open_bundle(data: bytes, identity: SiteIdentity) -> Bundle:
     except ValueError:
         raise TrustError("the bundle's CA is not a certificate: ask for another") from None
     return bundle
-
-
-_PLACE = "A" * 86 + "=="  # stands where the signature will
 
 
 def _sealed(draft: Request | Bundle, key: SigningKey, context: str) -> bytes:
