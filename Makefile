@@ -35,7 +35,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 system:
 	apt-get update -qq
-	apt-get install -y -qq --no-install-recommends chromium nginx-light faketime iproute2
+	apt-get install -y -qq --no-install-recommends chromium nginx-light faketime iproute2 strace
 
 demo: venv
 	OMP_NUM_THREADS=1 $(BIN)/fedseg demo --out $(OUT) $(if $(DATA),--data $(DATA)) $(if $(STUDY),--study $(STUDY))

@@ -28,6 +28,7 @@ from small_hospitals import Hospital, hospital, phantoms
 from small_proxies import Site
 from small_studies import founded
 
+from coordinator.proxy import ProxyError, find_nginx
 from fedseg.chain import Chain
 from fedseg.security.keys import SigningKey
 from sites.audit import utc_now
@@ -171,6 +172,10 @@ def test_the_trainers_port_with_a_token(count: int, site: Hospital) -> None:
 
 @pytest.fixture(scope="module")
 def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    try:
+        find_nginx()
+    except ProxyError as error:
+        pytest.skip(str(error))
     made = Site(tmp_path_factory.mktemp("proxy") / "study")
     yield made
     made.close()
