@@ -144,7 +144,7 @@ def write_atomically(path: Path, data: bytes | Iterable[Buffer], mode: int = 0o6
             draft.unlink()
         raise StorageError(
             f"cannot write {path.name}: {error.strerror}; the file before it is untouched, "
-            "make room or mend the rights and go on with --resume"
+            "make room or mend the rights, then start again (a simulation with --resume)"
         ) from error
 
 

@@ -24,7 +24,7 @@ from fedseg.imaging.cache import CaseCache
 from fedseg.imaging.cases import Cohort
 from fedseg.learning.local import train_round
 from fedseg.logs import without_its_text
-from fedseg.modelfile import save_model
+from fedseg.modelfile import load_model, save_model
 from fedseg.models.zoo import build_network, load_tensors, state_tensors
 from fedseg.plan import StudyPlan
 from fedseg.result import mean_scores
@@ -164,9 +164,21 @@ class Trainer:
         """Store the released model where the hospital finds it, once it fits the network."""
         load_tensors(self._network, model)
         path, plan = self._model_file, self._plan
+        self._refuse_another(path, header)
         save_model(path, plan, model, arm="federated", rounds=header.round)
         self._journal.write("received", round=header.round, model=header.model)
         return Received(model=digest_of(model))
+
+    def _refuse_another(self, path: Path, header: TaskHeader) -> None:
+        """A study has one final model: who has the study key cannot exchange it in use."""
+        if not path.exists():
+            return
+        stored = load_model(path)[0]
+        if stored.plan_digest == header.plan and stored.model_digest != header.model:
+            raise TrustError(
+                "another final model of this study came than the one that is kept in "
+                f"models/{path.name}; move that file away if the consortium says that it was wrong"
+            )
 
 
 def _code_of(error: Exception) -> RefusalCode:

@@ -158,7 +158,8 @@ def require_attempts_left(state: StudyState, plan: StudyPlan) -> None:
     raise RoundError(
         f"round {last.round}, stage {last.stage}: {plan.aggregation.minimum_sites} sites must "
         f"answer, {len(last.answers)} did, in {last.attempt} attempts; failed: {failed}. "
-        "Mend the sites and go on with --resume; nothing of the rounds before is lost"
+        "Mend the sites and start again (a simulation with --resume); nothing of the rounds before "
+        "is lost"
     )
 
 

@@ -232,6 +232,16 @@ def test_a_released_model_is_stored_ready_for_use(trainer: Trainer, tmp_path: Pa
         assert digest_of(stored) == sent
 
 
+def test_a_final_model_is_not_exchanged_afterwards(trainer: Trainer, tmp_path: Path) -> None:
+    last = {"stage": "release", "round": PLAN.aggregation.rounds}
+    file = tmp_path / "models" / f"{PLAN.study}.safetensors"
+    trainer.handle(sealed(MODEL, **last))
+    kept = file.read_bytes()
+    other = sealed(model_with(first=lambda array: array + 1), **last)
+    assert code_of(trainer.handle(other), other) == "task"
+    assert file.read_bytes() == kept
+
+
 @pytest.mark.parametrize("stage", ["enlist", "train", "evaluate", "release"])
 def test_no_answer_names_a_patient_a_case_or_a_path(stage: str, trainer: Trainer) -> None:
     enlisting = stage == "enlist"

@@ -55,6 +55,7 @@ KINDS = (
 )
 PHASES = ("opened", "working", "answered")
 PATIENCE_S = 420.0
+NO_SPACE = "No space left on device"
 FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1"
 
 Mend = Callable[[], None]
@@ -189,8 +190,9 @@ class Faults:
             return _nothing
         if kind == "clock":
             return self._skew(site, rng)
-        full = self.small[0] if kind == "checkpoint full" else self._answers(site)
-        return self._fill(full)
+        if kind == "checkpoint full":
+            return self._fill(self.small[0], self.deployment.coordinator.log("study"))
+        return self._fill(self._answers(site), self.deployment.site(site).audit)
 
     def _kill(self, pid: int) -> Mend:
         os.kill(pid, signal.SIGKILL)
@@ -222,15 +224,21 @@ class Faults:
                     return pid
         return None
 
-    def _fill(self, place: Path) -> Mend:
-        """Fill a small disk to its last byte; mended after a while by removing the ballast."""
-        ballast = place / "ballast"
+    def _fill(self, place: Path, complaints: Path) -> Mend:
+        """Fill a small disk to its last byte until somebody complains; then remove the ballast."""
+        ballast, before = place / "ballast", complaints.stat().st_size
         with suppress(OSError), ballast.open("wb") as stream:
             while True:
                 stream.write(bytes(1 << 16))
                 stream.flush()
-        time.sleep(6)
-        return ballast.unlink
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            time.sleep(0.2)
+            with complaints.open() as stream:
+                stream.seek(before)
+                if NO_SPACE in stream.read():
+                    return ballast.unlink
+        raise TimeoutError("nobody noticed the full disk")
 
     def _skew(self, site: str, rng: Random) -> Mend:
         """Restart a hospital with a clock that is minutes wrong; then set it right."""
@@ -380,6 +388,8 @@ def main() -> None:
     print(_table(done))
     print(json.dumps({key: value for key, value in summary.items() if key != "faults"}))
     assert summary["same_model"], "the final model is not the simulation's"
+    rounds_lost = summary["repeated_trainings"] / len(SITES)
+    assert rounds_lost <= len(done), "more than a round's work was lost to a fault"
 
 
 if __name__ == "__main__":
