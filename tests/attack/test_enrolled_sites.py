@@ -67,7 +67,7 @@ class TestBundles:
             ("ca", "-----BEGIN CERTIFICATE-----\n"),
             ("site", "hospital_b"),
             ("study", "other"),
-            ("study_key", SigningKey.generate().public.text),
+            pytest.param("study_key", SigningKey.generate().public.text, id="study_key"),
             ("flower", "1.0"),
             ("issued", "2030-01-01T00:00:00+00:00"),
         ],

@@ -240,6 +240,7 @@ def test_another_key_or_ca_has_another_fingerprint() -> None:
         ("study_key", SigningKey.generate().public.text),
         ("ca", make_ca("x", datetime(2026, 5, 3, tzinfo=UTC)).certificate.decode()),
     ],
+    ids=["address", "site", "flower", "study_key", "ca"],  # values differ from process to process
 )
 def test_a_bundle_cannot_be_changed(field: str, value: str) -> None:
     with pytest.raises(TrustError, match="signature of the bundle"):

@@ -60,6 +60,7 @@ def test_a_signature_is_ed25519_over_prefix_context_and_data() -> None:
         ("roll", b"data", SIGNER.sign("roll", b"data")[:-1]),
         ("roll", b"data", b""),
     ],
+    ids=["context", "content", "key", "short", "empty"],  # values differ from process to process
 )
 def test_another_context_content_key_or_length_is_refused(
     context: str, data: bytes, signature: bytes
