@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -34,7 +35,7 @@ from typing import Any
 
 from tiny_studies import PLAN
 
-from coordinator.progress import Progress
+from coordinator.progress.document import Progress
 from fedseg.chain import verify_chain
 from fedseg.commands.federation import write_plan_file
 from fedseg.container import write_atomically
@@ -138,7 +139,7 @@ class Faults:
         out.mkdir(parents=True, exist_ok=True)
         plan_file, data = out / "study.yaml", out / "data"
         if not plan_file.exists():
-            _write_plan(plan_file, rounds=faults + 1)
+            _write_plan(plan_file, rounds=2 * faults + 5)
         if not (data / "sites.csv").exists():
             write_phantoms(data, sites=3, patients_per_site=4, shape=(24, 24, 24))
         self.data = data
@@ -227,10 +228,11 @@ class Faults:
     def _fill(self, place: Path, complaints: Path) -> Mend:
         """Fill a small disk to its last byte until somebody complains; then remove the ballast."""
         ballast, before = place / "ballast", complaints.stat().st_size
-        with suppress(OSError), ballast.open("wb") as stream:
-            while True:
-                stream.write(bytes(1 << 16))
-                stream.flush()
+        with ballast.open("wb", buffering=0) as stream:
+            for size in (1 << 20, 1 << 12, 1):
+                with suppress(OSError):
+                    while stream.write(bytes(size)) == size:
+                        pass
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             time.sleep(0.2)
@@ -351,18 +353,26 @@ def _trainings(faults: Faults, site: str) -> dict[int, int]:
 
 
 def _table(done: list[Done]) -> str:
-    """Kind, how often, median and longest recovery."""
-    lines = ["| fault | times | recovered, median s | longest s |", "|---|---|---|---|"]
+    """For each kind how often, in which phases, and the median and longest recovery."""
+    lines = [
+        "| fault | times | struck in | recovered, median s | longest s |",
+        "|---|---|---|---|---|",
+    ]
     for kind in KINDS:
-        seconds = [each.recovered_s for each in done if each.kind == kind]
-        if seconds:
-            row = f"| {kind} | {len(seconds)} | {median(seconds):.0f} | {max(seconds):.0f} |"
-            lines.append(row)
+        struck = [each for each in done if each.kind == kind]
+        if struck:
+            seconds = [each.recovered_s for each in struck]
+            phases = Counter(each.phase.replace(" answered", "") for each in struck)
+            where = "; ".join(f"{phase}: {n}" for phase, n in sorted(phases.items()))
+            lines.append(
+                f"| {kind} | {len(struck)} | {where} | {median(seconds):.0f} | {max(seconds):.0f} |"
+            )
     return "\n".join(lines)
 
 
 def main() -> None:
     """See the module."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     out, count, seed = Path(sys.argv[1]).resolve(), int(sys.argv[2]), int(sys.argv[3])
     kinds = tuple(sys.argv[4:]) or KINDS
     faults = Faults(out, count)
