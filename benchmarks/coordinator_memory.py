@@ -4,13 +4,14 @@
                                            [--sealed]
 
 For every number of sites a coordinator runs a whole study in a fresh process: the real round loop,
-checks, sums, server step and checkpoints (`coordinator.rounds.Study`), on a Grid of this script
-that gives tasks away as files and hands answers over one at a time as bytes. The answers are made
-by other processes, which know the task from its file; every site answers with values of its own.
+checks, sums, server step and checkpoints (`coordinator.rounds.study.Study`), on a Grid of this
+script that gives tasks away as files and hands answers over one at a time as bytes. The answers
+are made by other processes, which know the task from its file; every site answers with values of
+its own.
 Given is VmHWM, the largest resident size that the kernel saw of the coordinator's process, with
 Python, numpy and Flower in it; `start` is what these take before a study begins. What Flower's own
 transport would hold besides is not in it: see the note on Flower. With --sealed tasks and answers
-travel as between hospitals, sealed and signed (`coordinator.exchange.SealedExchange`).
+travel as between hospitals, sealed and signed (`coordinator.sealing.exchange.SealedExchange`).
 """
 
 from __future__ import annotations
@@ -76,8 +77,9 @@ def _measure(arguments: argparse.Namespace, sites: int, out: Path) -> dict[str, 
 
 def _coordinator(arguments: argparse.Namespace) -> None:
     """The process that is measured."""
-    from coordinator.exchange import Plain, SealedExchange
-    from coordinator.rounds import Study
+    from coordinator.rounds.exchange import Plain
+    from coordinator.rounds.study import Study
+    from coordinator.sealing.exchange import SealedExchange
     from fedseg.aggregation.checkpoint import save_state
     from fedseg.aggregation.rounds import first_state
     from fedseg.security.keys import load_signing_key

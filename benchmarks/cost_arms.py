@@ -274,7 +274,7 @@ def _fedseg(work: Path, out: Path, engine: str) -> Said:
     """What `fedseg simulate` runs, on cohorts without patients to evaluate."""
     import logging
 
-    from coordinator.events import StageOpened
+    from coordinator.rounds.events import StageOpened
     from fedseg.simulation.federation import Federation, run_federation
 
     logging.getLogger("flwr").setLevel(logging.WARNING)

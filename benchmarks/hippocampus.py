@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from coordinator.events import Event, StageClosed
+from coordinator.rounds.events import Event, StageClosed
 from fedseg.container import write_atomically
 from fedseg.imaging.cases import Case, Manifest
 from fedseg.imaging.manifests import read_manifest

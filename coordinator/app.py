@@ -40,7 +40,7 @@ def serve_study(grid: Grid) -> None:
         DataError: no study is named.
     """
     from coordinator.folder import open_study
-    from coordinator.service import serve
+    from coordinator.running.service import serve
 
     die_with_parent()
     named = os.environ.get(STUDY_VARIABLE)

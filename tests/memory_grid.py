@@ -14,7 +14,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from small_parties import Party
 
-from coordinator.asking import Clock
+from coordinator.rounds.asking import Clock
 from fedseg.aggregation.rounds import StudyState
 from fedseg.carriage import unwrap, wrap
 from fedseg.container import peek

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from coordinator.folder import Settings, StudyFolder
-from coordinator.proxy import find_nginx, proxy_command, proxy_environment, write_proxy
+from coordinator.running.proxy import find_nginx, proxy_command, proxy_environment, write_proxy
 from fedseg.container import write_atomically
 from fedseg.security.certificates import make_ca, make_server_certificate
 from fedseg.supervision import Program, Supervisor

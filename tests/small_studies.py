@@ -9,10 +9,11 @@ from pathlib import Path
 from small_plans import built_plan, tiny_model
 
 from coordinator.folder import StudyFolder, new_settings
-from coordinator.founding import found, stamp
+from coordinator.office.founding import found
 from fedseg.initial import initial_path
 from fedseg.modelfile import save_model
 from fedseg.plan import StudyPlan
+from fedseg.security.documents import stamp
 from fedseg.security.identity import SiteIdentity, make_request
 from fedseg.security.keys import ReceivingKey, SigningKey, load_signing_key
 from fedseg.security.nodekeys import make_node_key

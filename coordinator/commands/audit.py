@@ -34,8 +34,8 @@ def show(
 @audit.command(epilog="Example:  fedseg-coordinator audit verify --study /srv/liver")
 def verify(study: StudyPath = Path()) -> None:
     """Check that no entry was edited, removed or put elsewhere; exit status 1 names the first."""
-    from coordinator.enrolment import public_key
     from coordinator.folder import open_study
+    from coordinator.office.key import public_key
     from fedseg.chain import verify_chain
 
     folder = open_study(study)
@@ -65,8 +65,8 @@ def restored(
 
     Look at `fedseg-coordinator sites` first: who was revoked after the backup is back in it.
     """
-    from coordinator.enrolment import declare_restored
     from coordinator.folder import open_study
+    from coordinator.office.enrolment import declare_restored
 
     folder = open_study(study)
     version = declare_restored(folder, reason, above, unlocked(folder)[0], datetime.now(UTC))

@@ -33,8 +33,9 @@ def enrol(
     Enrolling the same request again writes the site's bundle anew. Sites that have joined already
     get the new list of sites by themselves, and ask their people to approve the newcomer.
     """
-    from coordinator.enrolment import current_roll, refuse_clash, register
     from coordinator.folder import open_study
+    from coordinator.office.enrolment import refuse_clash, register
+    from coordinator.office.registry import current_roll
     from fedseg.security.identity import open_request
 
     folder = open_study(study)
@@ -59,8 +60,8 @@ def revoke(
     study: StudyPath = Path(),
 ) -> None:
     """Take a site out of the study: its keys are refused from now on."""
-    from coordinator.enrolment import revoke as take_out
     from coordinator.folder import open_study
+    from coordinator.office.enrolment import revoke as take_out
 
     folder = open_study(study)
     take_out(folder, site, reason, unlocked(folder)[0], datetime.now(UTC))
@@ -72,9 +73,9 @@ def renew(study: StudyPath = Path()) -> None:
 
     Needed once a year, and after study.json was given another host.
     """
-    from coordinator.enrolment import renew as renew_all
-    from coordinator.expiry import valid_until, warnings
     from coordinator.folder import open_study
+    from coordinator.office.enrolment import renew as renew_all
+    from coordinator.office.expiry import valid_until, warnings
 
     folder = open_study(study)
     now = datetime.now(UTC)
@@ -92,10 +93,11 @@ def sites(study: StudyPath = Path()) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from coordinator.enrolment import current_roll, enrolled_at
-    from coordinator.expiry import valid_until, warnings
     from coordinator.folder import open_study
-    from coordinator.founding import study_fingerprint
+    from coordinator.office.audit import enrolled_at
+    from coordinator.office.expiry import valid_until, warnings
+    from coordinator.office.founding import study_fingerprint
+    from coordinator.office.registry import current_roll
 
     folder = open_study(study)
     roll, since = current_roll(folder).roll, enrolled_at(folder)

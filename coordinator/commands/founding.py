@@ -45,8 +45,9 @@ def init(
 ) -> None:
     """Found a study: make its signing key, the consortium's CA and the server's certificate."""
     from coordinator.folder import StudyFolder, new_settings
-    from coordinator.founding import found, stamp, study_fingerprint
+    from coordinator.office.founding import found, study_fingerprint
     from fedseg.plan import load_plan
+    from fedseg.security.documents import stamp
 
     now = datetime.now(UTC)
     settings = new_settings(

@@ -42,8 +42,8 @@ def run(
 
     Supervises Flower's SuperLink, the proxy, and the study's run. Ctrl-C or SIGTERM end all of it.
     """
-    from coordinator.daemon import run_daemon
     from coordinator.folder import open_study
+    from coordinator.running.daemon import run_daemon
 
     folder = open_study(study)
     _log_to(folder)
@@ -55,7 +55,7 @@ def proxy(study: StudyDir) -> None:
     import os
 
     from coordinator.folder import open_study
-    from coordinator.proxy import find_nginx, proxy_command, proxy_environment, write_proxy
+    from coordinator.running.proxy import find_nginx, proxy_command, proxy_environment, write_proxy
 
     folder, nginx = open_study(study), find_nginx()
     write_proxy(folder, folder.settings(), nginx)
@@ -72,8 +72,8 @@ def status(
     from rich.console import Console
     from rich.live import Live
 
-    from coordinator.control import look
     from coordinator.folder import open_study
+    from coordinator.running.control import look
 
     folder = open_study(study)
     if json:
@@ -89,8 +89,8 @@ def status(
 
 def pause(study: StudyPath = Path()) -> None:
     """Begin no new stage; the open one is finished first. It lasts over restarts."""
-    from coordinator.control import pause as ask
     from coordinator.folder import open_study
+    from coordinator.running.control import pause as ask
 
     done = ask(open_study(study))
     typer.echo("the study pauses after the open stage" if done else "the study is paused already")
@@ -98,8 +98,8 @@ def pause(study: StudyPath = Path()) -> None:
 
 def resume(study: StudyPath = Path()) -> None:
     """Go on after a pause."""
-    from coordinator.control import resume as ask
     from coordinator.folder import open_study
+    from coordinator.running.control import resume as ask
 
     typer.echo("the study goes on" if ask(open_study(study)) else "the study was not paused")
 
@@ -111,8 +111,8 @@ def stop(
     ] = 60.0,
 ) -> None:
     """End the daemon and all that it started; `run` goes on from the last closed stage."""
-    from coordinator.control import stop as ask
     from coordinator.folder import open_study
+    from coordinator.running.control import stop as ask
 
     ask(open_study(study), within_s=within)
     typer.echo("the coordinator has stopped")
@@ -129,8 +129,8 @@ def logs(
     """Print what a part of the coordinator said."""
     from typing import get_args
 
-    from coordinator.control import Log, read_log
     from coordinator.folder import open_study
+    from coordinator.running.control import Log, read_log
     from fedseg.errors import DataError
 
     folder = open_study(study)
@@ -153,6 +153,6 @@ def _log_to(folder: StudyFolder) -> None:
 def _shown(folder: StudyFolder) -> RenderableType:
     """The status as a page for a terminal."""
     from coordinator.commands.status_page import page
-    from coordinator.control import look
+    from coordinator.running.control import look
 
     return page(look(folder, datetime.now(UTC)), datetime.now(UTC))

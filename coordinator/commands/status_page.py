@@ -8,10 +8,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from coordinator.control import Snapshot
 from coordinator.dashboard.words import duration
-from coordinator.progress import Progress
-from coordinator.tally import Sighting, SiteProgress
+from coordinator.progress.document import Progress
+from coordinator.progress.tally import Sighting, SiteProgress
+from coordinator.running.control import Snapshot
 
 _STYLES = {"running": "green", "finished": "bold green", "not running": "red", "failed": "red"}
 _NOTHING = "–"

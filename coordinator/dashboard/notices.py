@@ -8,8 +8,8 @@ from statistics import median
 from typing import Literal
 
 from coordinator.dashboard.words import count, duration, listed
-from coordinator.progress import Progress
-from coordinator.tally import OpenStage, StageProgress
+from coordinator.progress.document import Progress
+from coordinator.progress.tally import OpenStage, StageProgress
 
 SLOW = 3.0
 SLOW_AT_LEAST_S = 120.0

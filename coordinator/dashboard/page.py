@@ -18,8 +18,8 @@ from markupsafe import Markup
 from coordinator.dashboard import words
 from coordinator.dashboard.charts import Chart, Curve
 from coordinator.dashboard.notices import Situation, notices
-from coordinator.progress import Progress
-from coordinator.tally import FailureEntry, RoundValue, SiteProgress, StageProgress
+from coordinator.progress.document import Progress
+from coordinator.progress.tally import FailureEntry, RoundValue, SiteProgress, StageProgress
 from fedseg.plan import StudyPlan
 
 LOOKS = 8

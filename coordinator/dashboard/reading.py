@@ -9,9 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from coordinator.dashboard.notices import Situation
-from coordinator.expiry import warnings
 from coordinator.folder import StudyFolder
-from coordinator.progress import Progress, load_progress
+from coordinator.office.expiry import warnings
+from coordinator.progress.document import Progress, load_progress
 from fedseg.errors import FedsegError, TrustError
 from fedseg.sole import holder
 

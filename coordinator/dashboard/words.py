@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
-from coordinator.progress import Progress
-from coordinator.tally import OpenStage
+from coordinator.progress.document import Progress
+from coordinator.progress.tally import OpenStage
 
 STAGES = {
     "enlist": "Signing in",

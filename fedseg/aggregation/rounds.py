@@ -28,6 +28,10 @@ class Position(Frozen):
     stage: StageName
     attempt: int = 1
 
+    def same_stage(self, other: Position | None) -> bool:
+        """The same stage of the same round, whichever attempt; a finished study is at none."""
+        return other is not None and (self.round, self.stage) == (other.round, other.stage)
+
 
 ENLIST = Position(round=0, stage="enlist")
 

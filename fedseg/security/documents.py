@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError
@@ -32,6 +32,11 @@ def moment(text: str) -> datetime:
     if found.utcoffset() != timedelta(0):
         raise ValueError("a time in UTC is needed, such as 2026-01-31T12:00:00+00:00")
     return found
+
+
+def stamp(time: datetime) -> str:
+    """A time as documents name it: ISO 8601 in UTC, to the second."""
+    return time.astimezone(UTC).isoformat(timespec="seconds")
 
 
 def _checked_moment(text: str) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from coordinator.folder import StudyFolder
-from coordinator.progress import Progress, load_progress
+from coordinator.progress.document import Progress, load_progress
 from fedseg.errors import RoundError
 from fedseg.plan import StudyPlan, load_plan
 from sites.folder import SiteFolder

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from coordinator.events import SiteAnswered, SiteFailed, StageClosed, StageOpened
+from coordinator.rounds.events import SiteAnswered, SiteFailed, StageClosed, StageOpened
 from fedseg.plan import StudyPlan
 from fedseg.simulation.study import Progress as StudyProgress
 

@@ -20,8 +20,8 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid
 
 from coordinator.app import make_app as make_server_app
-from coordinator.events import Event, Observer, StageClosed, nobody
-from coordinator.rounds import Study
+from coordinator.rounds.events import Event, Observer, StageClosed, nobody
+from coordinator.rounds.study import Study
 from fedseg.aggregation.checkpoint import load_state, save_state
 from fedseg.aggregation.rounds import StudyState, first_state, fresh_attempts
 from fedseg.aggregation.server import Model

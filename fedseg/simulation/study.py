@@ -21,7 +21,7 @@ from typing import Any
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from coordinator.events import Event
+from coordinator.rounds.events import Event
 from fedseg.arrays import digest_of
 from fedseg.container import write_atomically
 from fedseg.errors import DataError, MissingExtraError, PlanError, RoundError

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from small_hospitals import PLAN_VALUES
 
-from coordinator.progress import Progress
-from coordinator.superlink import SuperLink, SuperLinkError
+from coordinator.progress.document import Progress
+from coordinator.running.superlink import SuperLink, SuperLinkError
 from fedseg.chain import Entry, verify_chain
 from fedseg.commands.federation import write_plan_file
 from fedseg.imaging.phantoms import write_phantoms

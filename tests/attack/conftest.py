@@ -16,7 +16,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Besieged]:
     """The federation, paused after its first round of training."""
     from besieged import besiege
 
-    from coordinator.proxy import ProxyError, find_nginx
+    from coordinator.running.proxy import ProxyError, find_nginx
 
     try:
         find_nginx()

@@ -15,8 +15,8 @@ from small_sites import Consortium, member
 from small_studies import founded
 
 from coordinator.folder import load_settings
-from coordinator.progress import load_progress
-from coordinator.watch import Watch
+from coordinator.progress.document import load_progress
+from coordinator.progress.keeper import ProgressKeeper
 from fedseg.aggregation.checkpoint import load_state, save_state
 from fedseg.aggregation.rounds import first_state
 from fedseg.arrays import digest_of
@@ -138,9 +138,9 @@ def _files(folder: Path) -> dict[str, Reader]:
     study, key = founded(folder / "study")
     plan = built_plan()
     save_state(study.checkpoint, plan, first_state(plan, load_model(study.initial)[1]))
-    Watch(study.progress, plan, first_state(plan, tiny_model()), sites=("hospital_a",)).say(
-        "running"
-    )
+    ProgressKeeper(
+        study.progress, plan, first_state(plan, tiny_model()), sites=("hospital_a",)
+    ).say("running")
     link = Link(study="tiny", address="a.example:443", trainer="unix:run/trainer.sock", port=20000)
     log = folder / "chain" / "audit.jsonl"
     chain = Chain(log, key, lambda: "2026-05-03T12:00:00+00:00")

@@ -41,8 +41,8 @@ from fuzzing import request
 from small_hospitals import Consortium
 from traces import ours, reached
 
-from coordinator.enrolment import current_roll
-from coordinator.superlink import SuperLink
+from coordinator.office.registry import current_roll
+from coordinator.running.superlink import SuperLink
 from fedseg.container import peek
 from fedseg.planfile import load_initial
 from fedseg.security.certificates import make_ca, make_server_certificate

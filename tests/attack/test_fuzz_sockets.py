@@ -28,7 +28,7 @@ from small_hospitals import Hospital, hospital, phantoms
 from small_proxies import Site
 from small_studies import founded
 
-from coordinator.proxy import ProxyError, find_nginx
+from coordinator.running.proxy import ProxyError, find_nginx
 from fedseg.chain import Chain
 from fedseg.security.keys import SigningKey
 from sites.audit import utc_now

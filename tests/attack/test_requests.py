@@ -16,12 +16,14 @@ from small_studies import NOW, Hospital, founded, hospital
 from typer.testing import CliRunner
 
 from coordinator.cli import app
-from coordinator.enrolment import current_roll, public_key, register, renew, revoke
 from coordinator.folder import StudyFolder
-from coordinator.founding import stamp
+from coordinator.office.enrolment import register, renew, revoke
+from coordinator.office.key import public_key
+from coordinator.office.registry import current_roll
 from fedseg.chain import verify_chain
 from fedseg.container import write_atomically
 from fedseg.errors import DataError, FedsegError, TrustError
+from fedseg.security.documents import stamp
 from fedseg.security.identity import make_request, open_request, sign_roll
 from fedseg.security.keys import SigningKey
 

@@ -20,11 +20,12 @@ import numpy as np
 from small_plans import answer, body_of, built_plan, tiny_model
 from small_studies import write_built
 
-from coordinator.enrolment import register
 from coordinator.folder import StudyFolder, new_settings
-from coordinator.founding import found, stamp
+from coordinator.office.enrolment import register
+from coordinator.office.founding import found
 from fedseg.arrays import digest_of
 from fedseg.plan import StudyPlan
+from fedseg.security.documents import stamp
 from fedseg.security.envelope import open_bytes, seal_bytes
 from fedseg.security.identity import SiteIdentity, make_request
 from fedseg.security.keys import ReceivingKey, SealingKey, SigningKey, load_signing_key

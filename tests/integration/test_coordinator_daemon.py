@@ -21,9 +21,9 @@ import pytest
 from answering_sites import Site, a_study, enrolled
 from small_plans import tiny_model
 
-from coordinator.control import DaemonReport, look
 from coordinator.folder import StudyFolder
-from coordinator.superlink import SuperLink
+from coordinator.running.control import DaemonReport, look
+from coordinator.running.superlink import SuperLink
 from fedseg.chain import verify_chain
 from fedseg.modelfile import load_model
 from fedseg.offspring import strays

@@ -16,9 +16,9 @@ from browser import CHROMIUM, Page, browser
 from small_plans import tiny_model
 from small_studies import founded
 
-from coordinator.events import SiteAnswered, StageClosed, StageOpened
 from coordinator.folder import StudyFolder
-from coordinator.watch import Watch
+from coordinator.progress.keeper import ProgressKeeper
+from coordinator.rounds.events import SiteAnswered, StageClosed, StageOpened
 from fedseg.aggregation.rounds import first_state
 from fedseg.result import SiteAnswer, StageRecord
 
@@ -35,11 +35,11 @@ class Study:
     def __init__(self, folder: StudyFolder) -> None:
         self.folder = folder
         state = first_state(folder.plan(), tiny_model())
-        self._watch = Watch(folder.progress, folder.plan(), state, sites=SITES)
-        self._watch.seen(SITES, SITES)
+        self._keeper = ProgressKeeper(folder.progress, folder.plan(), state, sites=SITES)
+        self._keeper.seen(SITES, SITES)
 
     def open(self, round_: int, stage: str) -> None:
-        self._watch(StageOpened(round_, stage, 1, len(SITES)))  # type: ignore[arg-type]
+        self._keeper(StageOpened(round_, stage, 1, len(SITES)))  # type: ignore[arg-type]
 
     def close(self, round_: int, stage: str) -> None:
         scores = {"dice": {"anterior": 0.5 + 0.1 * round_}} if stage == "evaluate" else {}
@@ -49,7 +49,7 @@ class Study:
             for site in SITES
         )
         for answer in answers:
-            self._watch(SiteAnswered(round_, stage, answer))  # type: ignore[arg-type]
+            self._keeper(SiteAnswered(round_, stage, answer))  # type: ignore[arg-type]
         record = StageRecord(
             round=round_,
             stage=stage,
@@ -59,7 +59,7 @@ class Study:
             answers=answers,
             failures=(),
         )
-        self._watch(StageClosed(record, 12.0))
+        self._keeper(StageClosed(record, 12.0))
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ def test_the_light_install_is_small_and_names_what_is_missing(
     plan = tmp_path / "study.yaml"
     _run(programs / "fedseg", "plan", "new", plan, cwd=tmp_path)
     _run(programs / "fedseg", "plan", "check", plan, cwd=tmp_path)
-    imports = "import coordinator.app, coordinator.rounds, sites.app"
+    imports = "import coordinator.app, coordinator.running.service, sites.app"
     _run(programs / "python", "-c", imports, cwd=tmp_path)
     study = (plan, "--data", tmp_path, "--out", tmp_path / "out")
     told = _run(programs / "fedseg", "simulate", *study, cwd=tmp_path, status=1).stderr

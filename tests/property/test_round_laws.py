@@ -12,8 +12,8 @@ from memory_grid import Kept, MemoryGrid, Time
 from pure_studies import SITES, reply, run_purely
 from small_plans import built_plan, tiny_model
 
-from coordinator.events import Event, StageClosed
-from coordinator.rounds import Study
+from coordinator.rounds.events import Event, StageClosed
+from coordinator.rounds.study import Study
 from fedseg.aggregation.rounds import StudyState, first_state, fresh_attempts
 from fedseg.arrays import digest_of
 from fedseg.carriage import unwrap, wrap

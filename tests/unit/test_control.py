@@ -13,7 +13,10 @@ from small_plans import tiny_model
 from small_studies import NOW, founded, hospital
 
 from coordinator.commands.status_page import page
-from coordinator.control import (
+from coordinator.office.enrolment import register
+from coordinator.progress.keeper import ProgressKeeper
+from coordinator.rounds.events import SiteAnswered, SiteFailed, StageClosed, StageOpened
+from coordinator.running.control import (
     DaemonReport,
     NodeReport,
     ProgramReport,
@@ -23,9 +26,6 @@ from coordinator.control import (
     resume,
     stop,
 )
-from coordinator.enrolment import register
-from coordinator.events import SiteAnswered, SiteFailed, StageClosed, StageOpened
-from coordinator.watch import Watch
 from fedseg.aggregation.rounds import first_state
 from fedseg.container import write_atomically
 from fedseg.errors import DataError
@@ -69,13 +69,15 @@ def test_what_ends_soon_is_warned_of(folder):
 def test_rounds_sites_and_dice_are_shown(folder):
     plan = folder.plan()
     state = first_state(plan, tiny_model())
-    watch = Watch(folder.progress, plan, state, sites=("hospital_a", "hospital_b"), now=lambda: NOW)
+    keeper = ProgressKeeper(
+        folder.progress, plan, state, sites=("hospital_a", "hospital_b"), now=lambda: NOW
+    )
     scores = {"dice": {"anterior": 0.75, "posterior": 0.25}}
     good = SiteAnswer(site="hospital_a", patients=4, scores=scores, bytes_up=10)
     bad = SiteFailure(site="hospital_b", code="timeout", reason="no answer came")
-    watch(StageOpened(1, "evaluate", 1, 2))
-    watch(SiteAnswered(1, "evaluate", good))
-    watch(SiteFailed(1, "evaluate", bad))
+    keeper(StageOpened(1, "evaluate", 1, 2))
+    keeper(SiteAnswered(1, "evaluate", good))
+    keeper(SiteFailed(1, "evaluate", bad))
     record = StageRecord(
         round=1,
         stage="evaluate",
@@ -85,8 +87,8 @@ def test_rounds_sites_and_dice_are_shown(folder):
         answers=(good,),
         failures=(bad,),
     )
-    watch(StageClosed(record, 12.0))
-    watch(StageOpened(2, "train", 1, 1))
+    keeper(StageClosed(record, 12.0))
+    keeper(StageOpened(2, "train", 1, 1))
     programs = (ProgramReport(name="superlink", pid=7, ready=True, restarts=2),)
     nodes = (NodeReport(site="hospital_a", online=True, last_seen=NOW.isoformat()),)
     told = DaemonReport(pid=1, programs=programs, run=3, run_pid=9, nodes=nodes)

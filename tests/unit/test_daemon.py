@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from small_studies import founded
 
-from coordinator.control import DaemonReport
-from coordinator.daemon import Daemon
 from coordinator.folder import StudyFolder
+from coordinator.running.control import DaemonReport
+from coordinator.running.daemon import Daemon
 from fedseg.security.keys import load_signing_key
 
 
@@ -22,8 +22,8 @@ def folder(tmp_path: Path) -> StudyFolder:
 @pytest.fixture
 def daemon(folder: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
     """A daemon whose SuperLink is a program that never listens, and without a proxy."""
-    monkeypatch.setattr("coordinator.daemon.superlink_command", lambda *_: ("sleep", "60"))
-    monkeypatch.setattr("coordinator.daemon._LOOK_S", 0.0)
+    monkeypatch.setattr("coordinator.running.daemon.superlink_command", lambda *_: ("sleep", "60"))
+    monkeypatch.setattr("coordinator.running.daemon._LOOK_S", 0.0)
     key = load_signing_key(folder.study_key)
     made = Daemon(folder, folder.settings(), key, with_proxy=False)
     yield made

@@ -29,8 +29,8 @@ from coordinator.dashboard.page import coded, content, failure_lines, render, ro
 from coordinator.dashboard.reading import Reader
 from coordinator.dashboard.server import make_dashboard
 from coordinator.folder import StudyFolder
-from coordinator.progress import Checkpoint, Progress
-from coordinator.tally import (
+from coordinator.progress.document import Checkpoint, Progress
+from coordinator.progress.tally import (
     FailureEntry,
     OpenStage,
     RoundValue,

@@ -20,8 +20,8 @@ from small_cases import save
 from small_studies import NOW, founded
 from typer.testing import CliRunner
 
-from coordinator.enrolment import register
 from coordinator.folder import StudyFolder
+from coordinator.office.enrolment import register
 from fedseg.plan import load_plan
 from fedseg.security.certificates import Pair, make_ca, make_server_certificate
 from fedseg.security.keys import SigningKey

@@ -15,24 +15,20 @@ from small_studies import NOW, founded, hospital, write_built
 from typer.testing import CliRunner, Result
 
 from coordinator.cli import app
-from coordinator.enrolment import (
-    current_roll,
-    declare_restored,
-    enrolled_at,
-    public_key,
-    register,
-    renew,
-    revoke,
-)
-from coordinator.expiry import valid_until, warnings
 from coordinator.folder import StudyFolder, new_settings, open_study
-from coordinator.founding import ROLL_DAYS, found, stamp, study_fingerprint
+from coordinator.office.audit import enrolled_at
+from coordinator.office.enrolment import declare_restored, register, renew, revoke
+from coordinator.office.expiry import valid_until, warnings
+from coordinator.office.founding import ROLL_DAYS, found, study_fingerprint
+from coordinator.office.key import public_key
+from coordinator.office.registry import current_roll
 from fedseg.arrays import digest_of
 from fedseg.chain import verify_chain
 from fedseg.errors import DataError, FedsegError, PlanError, StorageError, TrustError
 from fedseg.initial import initial_path
 from fedseg.modelfile import load_model, save_model
 from fedseg.security.certificates import check_issued, expiry, hosts_of
+from fedseg.security.documents import stamp
 from fedseg.security.identity import open_bundle
 from fedseg.security.keys import is_encrypted, load_signing_key
 from fedseg.shell import PASSPHRASE_FILE

@@ -13,7 +13,7 @@ from pure_studies import reply
 from small_parties import Party, roll_of
 from small_plans import built_plan, tiny_model
 
-from coordinator.exchange import SealedExchange
+from coordinator.sealing.exchange import SealedExchange
 from fedseg.aggregation.rounds import (
     ENLIST,
     Position,

@@ -48,7 +48,7 @@ def test_a_plan_is_read_without_torch_and_flower() -> None:
 
 
 def test_the_coordinator_has_neither_torch_nor_anything_that_reads_images() -> None:
-    found = modules_after("import coordinator.app, coordinator.rounds, coordinator.cli")
+    found = modules_after("import coordinator.app, coordinator.running.service, coordinator.cli")
     assert not found & (HEAVY | READERS | ROOMS)
     assert not [name for name in found if name.partition(".")[0] == "sites"]
 

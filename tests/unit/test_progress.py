@@ -9,7 +9,9 @@ import pytest
 from pure_studies import SITES, answers_of
 from small_plans import built_plan, tiny_model
 
-from coordinator.events import (
+from coordinator.progress.document import load_progress
+from coordinator.progress.keeper import ProgressKeeper
+from coordinator.rounds.events import (
     Paused,
     Resumed,
     SiteAnswered,
@@ -17,8 +19,6 @@ from coordinator.events import (
     StageClosed,
     StageOpened,
 )
-from coordinator.progress import load_progress
-from coordinator.watch import Watch
 from fedseg.aggregation.rounds import (
     Outcome,
     StudyState,
@@ -45,12 +45,12 @@ class Clock:
         self.time += timedelta(seconds=seconds)
 
 
-def watch_of(path: Path, plan: StudyPlan, state: StudyState, clock: Clock) -> Watch:
-    return Watch(path, plan, state, sites=SITES, now=clock)
+def keeper_of(path: Path, plan: StudyPlan, state: StudyState, clock: Clock) -> ProgressKeeper:
+    return ProgressKeeper(path, plan, state, sites=SITES, now=clock)
 
 
 def run_stage(
-    watch: Watch,
+    keeper: ProgressKeeper,
     plan: StudyPlan,
     state: StudyState,
     clock: Clock,
@@ -61,7 +61,7 @@ def run_stage(
     """One stage as the round loop reports it, with scores as sites send them."""
     assert state.position is not None
     position = state.position
-    watch(StageOpened(position.round, position.stage, position.attempt, len(SITES)))
+    keeper(StageOpened(position.round, position.stage, position.attempt, len(SITES)))
     outcome = answers_of(state, plan, [s for s in SITES if s not in failing], failing)
     outcome = Outcome(
         outcome.bytes_down,
@@ -70,13 +70,13 @@ def run_stage(
         outcome.total,
     )
     for answer in outcome.answers:
-        watch(SiteAnswered(position.round, position.stage, answer))
+        keeper(SiteAnswered(position.round, position.stage, answer))
     for failure in outcome.failures:
-        watch(SiteFailed(position.round, position.stage, failure))
+        keeper(SiteFailed(position.round, position.stage, failure))
     clock.wait(wall_s)
     state = close_stage(state, plan, outcome)
-    watch.stored(state)
-    watch(StageClosed(state.history[-1], wall_s))
+    keeper.stored(state)
+    keeper(StageClosed(state.history[-1], wall_s))
     return state
 
 
@@ -97,7 +97,7 @@ def read(path: Path):  # type: ignore[no-untyped-def]
 
 def test_before_anything_happened_every_enrolled_site_is_there(tmp_path: Path) -> None:
     plan, clock, path = built_plan(), Clock(), tmp_path / "progress.json"
-    watch_of(path, plan, first_state(plan, tiny_model()), clock)
+    keeper_of(path, plan, first_state(plan, tiny_model()), clock)
     found = read(path)
     assert (found.phase, found.rounds, found.rounds_closed) == ("waiting", 3, 0)
     assert [site.name for site in found.sites] == list(SITES)
@@ -107,10 +107,10 @@ def test_before_anything_happened_every_enrolled_site_is_there(tmp_path: Path) -
 
 def test_the_open_stage_says_who_is_waited_for(tmp_path: Path) -> None:
     plan, clock, path = built_plan(), Clock(), tmp_path / "progress.json"
-    watch = watch_of(path, plan, first_state(plan, tiny_model()), clock)
-    watch(StageOpened(0, "enlist", 1, 3))
-    watch(SiteAnswered(0, "enlist", SiteAnswer(site="site_b", patients=5, bytes_up=70)))
-    watch(SiteFailed(0, "enlist", SiteFailure(site="site_c", code="plan", reason="no")))
+    keeper = keeper_of(path, plan, first_state(plan, tiny_model()), clock)
+    keeper(StageOpened(0, "enlist", 1, 3))
+    keeper(SiteAnswered(0, "enlist", SiteAnswer(site="site_b", patients=5, bytes_up=70)))
+    keeper(SiteFailed(0, "enlist", SiteFailure(site="site_c", code="plan", reason="no")))
     found = read(path)
     assert found.open.answered == ("site_b",)
     assert [f.site for f in found.open.failures] == ["site_c"]
@@ -118,15 +118,15 @@ def test_the_open_stage_says_who_is_waited_for(tmp_path: Path) -> None:
     assert found.site("site_b").patients == 5
     assert found.site("site_b").sighting.online is True
     assert found.site("site_b").bytes_up == 70
-    watch(SiteAnswered(0, "enlist", SiteAnswer(site="site_c", patients=5, bytes_up=70)))
+    keeper(SiteAnswered(0, "enlist", SiteAnswer(site="site_c", patients=5, bytes_up=70)))
     assert read(path).open.failures == (), "asked again, it answered"
 
 
 def test_a_node_that_never_enlisted_is_no_site(tmp_path: Path) -> None:
     plan, clock, path = built_plan(), Clock(), tmp_path / "progress.json"
-    watch = watch_of(path, plan, first_state(plan, tiny_model()), clock)
-    watch(StageOpened(0, "enlist", 1, 4))
-    watch(SiteFailed(0, "enlist", SiteFailure(site="node-42", code="timeout", reason="late")))
+    keeper = keeper_of(path, plan, first_state(plan, tiny_model()), clock)
+    keeper(StageOpened(0, "enlist", 1, 4))
+    keeper(SiteFailed(0, "enlist", SiteFailure(site="node-42", code="timeout", reason="late")))
     assert read(path).open.failures[0].site == "node-42"
     assert read(path).site("node-42") is None
 
@@ -134,11 +134,11 @@ def test_a_node_that_never_enlisted_is_no_site(tmp_path: Path) -> None:
 def test_curves_bytes_and_failures_are_those_of_the_history(tmp_path: Path) -> None:
     plan, clock, path = built_plan(), Clock(), tmp_path / "progress.json"
     state = first_state(plan, tiny_model())
-    watch = watch_of(path, plan, state, clock)
-    state = run_stage(watch, plan, state, clock)
-    state = run_stage(watch, plan, state, clock, failing=("site_c",))
-    state = run_stage(watch, plan, state, clock)
-    state = run_stage(watch, plan, state, clock)
+    keeper = keeper_of(path, plan, state, clock)
+    state = run_stage(keeper, plan, state, clock)
+    state = run_stage(keeper, plan, state, clock, failing=("site_c",))
+    state = run_stage(keeper, plan, state, clock)
+    state = run_stage(keeper, plan, state, clock)
     assert [(r.round, r.stage) for r in state.history] == [
         (0, "enlist"),
         (1, "train"),
@@ -163,29 +163,29 @@ def test_curves_bytes_and_failures_are_those_of_the_history(tmp_path: Path) -> N
 def test_the_time_left_is_the_usual_time_of_the_stages_to_come(tmp_path: Path) -> None:
     plan, clock, path = built_plan(), Clock(), tmp_path / "progress.json"
     state = first_state(plan, tiny_model())
-    watch = watch_of(path, plan, state, clock)
-    state = run_stage(watch, plan, state, clock, wall_s=1.0)
+    keeper = keeper_of(path, plan, state, clock)
+    state = run_stage(keeper, plan, state, clock, wall_s=1.0)
     assert read(path).left_s is None, "no round was timed yet"
-    state = run_stage(watch, plan, state, clock, wall_s=100.0)
+    state = run_stage(keeper, plan, state, clock, wall_s=100.0)
     assert read(path).left_s == pytest.approx(200.0), "two more of training, none measured yet"
-    watch(StageOpened(2, "train", 1, 3))
+    keeper(StageOpened(2, "train", 1, 3))
     clock.wait(30.0)
-    assert watch.document().left_s == pytest.approx(170.0)
+    assert keeper.document().left_s == pytest.approx(170.0)
     clock.wait(300.0)
-    assert watch.document().left_s == pytest.approx(100.0), "a late round is about to end"
+    assert keeper.document().left_s == pytest.approx(100.0), "a late round is about to end"
 
 
 def test_a_restart_keeps_times_and_everything_else_from_the_checkpoint(tmp_path: Path) -> None:
     plan, clock, path = built_plan(), Clock(), tmp_path / "progress.json"
     state = first_state(plan, tiny_model())
-    watch = watch_of(path, plan, state, clock)
+    keeper = keeper_of(path, plan, state, clock)
     for _ in range(3):
-        state = run_stage(watch, plan, state, clock)
-    watch.seen(SITES, {"site_a", "site_b"})
+        state = run_stage(keeper, plan, state, clock)
+    keeper.seen(SITES, {"site_a", "site_b"})
     before = read(path)
-    watch(StageOpened(2, "evaluate", 1, 3))
+    keeper(StageOpened(2, "evaluate", 1, 3))
     clock.wait(600.0)
-    again = watch_of(path, plan, state, clock)
+    again = keeper_of(path, plan, state, clock)
     after = read(path)
     assert (after.stages, after.started) == (before.stages, before.started)
     assert after.checkpoint == before.checkpoint
@@ -199,14 +199,14 @@ def test_a_restart_keeps_times_and_everything_else_from_the_checkpoint(tmp_path:
 def test_without_the_document_before_only_times_are_lost(tmp_path: Path) -> None:
     plan, clock, path = built_plan(), Clock(), tmp_path / "progress.json"
     state = first_state(plan, tiny_model())
-    watch = watch_of(path, plan, state, clock)
+    keeper = keeper_of(path, plan, state, clock)
     for _ in range(3):
-        state = run_stage(watch, plan, state, clock)
+        state = run_stage(keeper, plan, state, clock)
     before = read(path)
     path.write_bytes(before.model_dump_json().encode()[:200])
     with pytest.raises(TrustError, match="remove it"):
         load_progress(path)
-    watch_of(path, plan, state, clock)
+    keeper_of(path, plan, state, clock)
     after = read(path)
     assert all(stage.timing.wall_s is None for stage in after.stages)
     assert [s.model_copy(update={"timing": None}) for s in after.stages] == [
@@ -217,19 +217,19 @@ def test_without_the_document_before_only_times_are_lost(tmp_path: Path) -> None
 
 def test_a_document_of_another_plan_is_not_taken_over(tmp_path: Path) -> None:
     plan, clock, path = built_plan(), Clock(), tmp_path / "progress.json"
-    watch_of(path, plan, first_state(plan, tiny_model()), clock).say("failed", "as it was")
+    keeper_of(path, plan, first_state(plan, tiny_model()), clock).say("failed", "as it was")
     clock.wait(60.0)
     other = built_plan(aggregation__rounds=4)
-    watch_of(path, other, first_state(other, tiny_model()), clock)
+    keeper_of(path, other, first_state(other, tiny_model()), clock)
     assert read(path).started == "2026-01-01T12:01:00+00:00"
 
 
 def test_a_study_to_its_end(tmp_path: Path) -> None:
     plan, clock, path = built_plan(), Clock(), tmp_path / "progress.json"
     state = first_state(plan, tiny_model())
-    watch = watch_of(path, plan, state, clock)
+    keeper = keeper_of(path, plan, state, clock)
     for _ in schedule(plan):
-        state = run_stage(watch, plan, state, clock)
+        state = run_stage(keeper, plan, state, clock)
     found = read(path)
     assert found.finished and found.rounds_closed == 3 and found.left_s == 0.0
     assert found.checkpoint.round == 3
@@ -239,17 +239,17 @@ def test_a_study_to_its_end(tmp_path: Path) -> None:
 def test_a_release_that_is_offered_again_leaves_the_study_finished(tmp_path: Path) -> None:
     plan, clock, path = built_plan(), Clock(), tmp_path / "progress.json"
     state = first_state(plan, tiny_model())
-    watch = watch_of(path, plan, state, clock)
+    keeper = keeper_of(path, plan, state, clock)
     while state.position is not None:
         failing = ("site_c",) if state.position.stage == "release" else ()
-        state = run_stage(watch, plan, state, clock, failing=failing)
+        state = run_stage(keeper, plan, state, clock, failing=failing)
     assert read(path).stages[-1].answered == ("site_a", "site_b")
-    watch(StageOpened(3, "release", 1, 1, size=500))
+    keeper(StageOpened(3, "release", 1, 1, size=500))
     assert read(path).finished and read(path).open.waiting_for == ("site_c",)
     answer = SiteAnswer(site="site_c", patients=0, bytes_up=70)
-    watch(SiteAnswered(3, "release", answer))
+    keeper(SiteAnswered(3, "release", answer))
     assert read(path).open.waiting_for == ()
-    watch.stored(also_received(state, Outcome(500, (answer,), ())))
+    keeper.stored(also_received(state, Outcome(500, (answer,), ())))
     found = read(path)
     assert found.finished and found.open is None
     assert found.stages[-1].answered == SITES
@@ -259,23 +259,23 @@ def test_a_release_that_is_offered_again_leaves_the_study_finished(tmp_path: Pat
 def test_late_sites_sign_in_beside_the_stage_that_is_due(tmp_path: Path) -> None:
     plan, clock, path = built_plan(), Clock(), tmp_path / "progress.json"
     state = first_state(plan, tiny_model())
-    watch = watch_of(path, plan, state, clock)
-    state = run_stage(watch, plan, state, clock)
-    watch(StageOpened(0, "enlist", 1, 1))
+    keeper = keeper_of(path, plan, state, clock)
+    state = run_stage(keeper, plan, state, clock)
+    keeper(StageOpened(0, "enlist", 1, 1))
     assert read(path).open.waiting_for == ()
-    watch(StageOpened(1, "train", 1, 3, size=900))
+    keeper(StageOpened(1, "train", 1, 3, size=900))
     assert read(path).open.waiting_for == SITES
     before = read(path).site("site_a").bytes_down
-    watch(SiteAnswered(1, "train", SiteAnswer(site="site_a", patients=2, bytes_up=70)))
+    keeper(SiteAnswered(1, "train", SiteAnswer(site="site_a", patients=2, bytes_up=70)))
     assert read(path).site("site_a").bytes_down - before == 900
 
 
 def test_a_pause_is_told(tmp_path: Path) -> None:
     plan, clock, path = built_plan(), Clock(), tmp_path / "progress.json"
-    watch = watch_of(path, plan, first_state(plan, tiny_model()), clock)
-    watch(Paused())
+    keeper = keeper_of(path, plan, first_state(plan, tiny_model()), clock)
+    keeper(Paused())
     assert read(path).phase == "paused"
-    watch(Resumed())
+    keeper(Resumed())
     assert read(path).phase == "running"
 
 
@@ -283,26 +283,26 @@ def test_sites_that_enlist_beside_the_stages_leave_none_open(tmp_path: Path) -> 
     """A coordinator that starts again while the study is paused, and one that offers the end."""
     plan, clock, path = built_plan(), Clock(), tmp_path / "progress.json"
     state = first_state(plan, tiny_model())
-    watch = watch_of(path, plan, state, clock)
-    state = run_stage(watch, plan, state, clock)
-    watch(StageOpened(0, "enlist", 1, 3))
-    watch(Paused())
+    keeper = keeper_of(path, plan, state, clock)
+    state = run_stage(keeper, plan, state, clock)
+    keeper(StageOpened(0, "enlist", 1, 3))
+    keeper(Paused())
     assert (read(path).phase, read(path).open) == ("paused", None)
     while state.position is not None:
-        state = run_stage(watch, plan, state, clock)
-    watch(StageOpened(0, "enlist", 1, 1))
-    watch(SiteFailed(0, "enlist", SiteFailure(site="node-42", code="plan", reason="no")))
+        state = run_stage(keeper, plan, state, clock)
+    keeper(StageOpened(0, "enlist", 1, 1))
+    keeper(SiteFailed(0, "enlist", SiteFailure(site="node-42", code="plan", reason="no")))
     assert read(path).finished and read(path).open is None
 
 
 def test_who_was_enrolled_is_shown_and_who_was_revoked_is_not_waited_for(tmp_path: Path) -> None:
     plan, clock, path = built_plan(), Clock(), tmp_path / "progress.json"
     state = first_state(plan, tiny_model())
-    watch = watch_of(path, plan, state, clock)
-    state = run_stage(watch, plan, state, clock)
-    watch.seen(["site_a", "site_b", "site_d"], ["site_a"])
+    keeper = keeper_of(path, plan, state, clock)
+    state = run_stage(keeper, plan, state, clock)
+    keeper.seen(["site_a", "site_b", "site_d"], ["site_a"])
     assert read(path).site("site_d").sighting.online is False
-    watch(StageOpened(1, "train", 1, 3))
+    keeper(StageOpened(1, "train", 1, 3))
     assert read(path).open.waiting_for == ("site_a", "site_b", "site_d")
     assert read(path).site("site_c").answers == 1, "its part in the study is not forgotten"
 
@@ -313,6 +313,6 @@ def test_a_full_disk_does_not_stop_the_study(
     plan, clock = built_plan(), Clock()
     (tmp_path / "run").write_text("a file where the folder should be")
     path = tmp_path / "run" / "progress.json"
-    watch = watch_of(path, plan, first_state(plan, tiny_model()), clock)
-    watch(StageOpened(0, "enlist", 1, 3))
+    keeper = keeper_of(path, plan, first_state(plan, tiny_model()), clock)
+    keeper(StageOpened(0, "enlist", 1, 3))
     assert "out of date" in caplog.text

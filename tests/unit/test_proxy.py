@@ -16,7 +16,7 @@ import pytest
 from small_proxies import Site, free_port, settings
 
 from coordinator.folder import StudyFolder
-from coordinator.proxy import ProxyError, configuration, find_nginx, write_proxy
+from coordinator.running.proxy import ProxyError, configuration, find_nginx, write_proxy
 from fedseg.security.certificates import make_ca
 
 FLEET = [

@@ -17,10 +17,18 @@ from pure_studies import SITES, reply, run_purely
 from small_parties import Party, roll_of
 from small_plans import answer, body_of, built_plan, tiny_model
 
-from coordinator.asking import UNREADABLE
-from coordinator.events import Event, Paused, Resumed, SiteFailed, StageClosed, StageOpened, nobody
-from coordinator.exchange import SealedExchange
-from coordinator.rounds import Study
+from coordinator.rounds.asking import UNREADABLE
+from coordinator.rounds.events import (
+    Event,
+    Paused,
+    Resumed,
+    SiteFailed,
+    StageClosed,
+    StageOpened,
+    nobody,
+)
+from coordinator.rounds.study import Study
+from coordinator.sealing.exchange import SealedExchange
 from fedseg.aggregation.rounds import Position, StudyState, first_state
 from fedseg.arrays import digest_of
 from fedseg.security.identity import Revoked, sign_roll

@@ -12,9 +12,16 @@ from memory_grid import Answer, Kept, MemoryGrid, Site, Time
 from pure_studies import SITES, reply, run_purely
 from small_plans import answer, body_of, built_plan, tiny_model
 
-from coordinator.asking import LONGEST_POLL_S, Clock
-from coordinator.events import Event, SiteAnswered, SiteFailed, StageClosed, StageOpened, nobody
-from coordinator.rounds import Study
+from coordinator.rounds.asking import LONGEST_POLL_S, Clock
+from coordinator.rounds.events import (
+    Event,
+    SiteAnswered,
+    SiteFailed,
+    StageClosed,
+    StageOpened,
+    nobody,
+)
+from coordinator.rounds.study import Study
 from fedseg.aggregation.accumulate import MAX_WEIGHT
 from fedseg.aggregation.rounds import Position, StudyState, first_state, fresh_attempts
 from fedseg.arrays import digest_of

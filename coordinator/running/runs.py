@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from coordinator.folder import StudyFolder
-from coordinator.superlink import SuperLink
+from coordinator.running.superlink import SuperLink
 from fedseg.sole import holder
 
 STARTS_WITHIN_S = 120.0

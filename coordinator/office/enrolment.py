@@ -20,58 +20,25 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from coordinator.folder import StudyFolder, read_part
-from coordinator.founding import (
-    MAX_PEM_BYTES,
-    ROLL_DAYS,
-    certify,
-    public_text,
-    stamp,
-    study_fingerprint,
-)
-from fedseg.chain import Chain, Entry, Fact, read_chain, verify_chain
+from coordinator.office.audit import rolls_named
+from coordinator.office.founding import MAX_PEM_BYTES, ROLL_DAYS, certify, study_fingerprint
+from coordinator.office.registry import registry_of
+from fedseg.chain import Chain, Entry, Fact, verify_chain
 from fedseg.container import write_atomically
 from fedseg.errors import DataError, TrustError
+from fedseg.security.documents import stamp
 from fedseg.security.identity import (
-    MAX_ROLL_BYTES,
     Revoked,
     Roll,
     SignedRoll,
     SiteIdentity,
     make_bundle,
     open_request,
-    open_roll,
     sign_roll,
 )
-from fedseg.security.keys import SigningKey, VerifyKey
+from fedseg.security.keys import SigningKey
 
 MAX_REASON = 500
-_CHANGES = frozenset({"initialised", "enrolled", "revoked", "renewed", "restored"})
-
-
-def current_roll(folder: StudyFolder) -> SignedRoll:
-    """The roll as it stands, checked against the study's public key.
-
-    Raises:
-        TrustError: the registry was not signed by the study key.
-        DataError: the folder is no study's.
-    """
-    return _open_registry(folder, public_key(folder))
-
-
-def public_key(folder: StudyFolder) -> VerifyKey:
-    """What everything that the study signs is verified with.
-
-    Raises:
-        TrustError: the file holds no key.
-        DataError: it cannot be read.
-    """
-    return VerifyKey.from_text(public_text(folder))
-
-
-def enrolled_at(folder: StudyFolder) -> dict[str, str]:
-    """When each site was last enrolled, as the audit says; unverified."""
-    entries = read_chain(folder.audit)
-    return {str(e.facts.get("site")): e.at for e in entries if e.event == "enrolled"}
 
 
 def register(folder: StudyFolder, request: bytes, key: SigningKey, now: datetime) -> Path:
@@ -188,10 +155,10 @@ def declare_restored(
     """
     _check_reason(reason)
     with _locked(folder):
-        roll = _open_registry(folder, key.public).roll
+        roll = registry_of(folder, key.public).read().roll
         entries = verify_chain(folder.audit, key.public)
         _check_founding(folder, entries)
-        highest = max(above, roll.version, max(_versions(entries))[0])
+        highest = max(above, roll.version, max(rolls_named(entries))[0])
         changed = _next(roll, now, version=highest + 1)
         _put(folder, changed, key, now, "restored", reason=reason)
     return changed.version
@@ -201,10 +168,10 @@ def declare_restored(
 def _changing(folder: StudyFolder, key: SigningKey, now: datetime) -> Iterator[Roll]:
     """The roll, for one command alone, once it is seen to be the newest."""
     with _locked(folder):
-        roll = _open_registry(folder, key.public).roll
+        roll = registry_of(folder, key.public).read().roll
         entries = verify_chain(folder.audit, key.public)
         _check_founding(folder, entries)
-        version, digest = max(_versions(entries))
+        version, digest = max(rolls_named(entries))
         if roll.version < version or (roll.version == version and roll.digest != digest):
             raise TrustError(
                 f"registry.json has version {roll.version} of the roll, the audit knows another "
@@ -287,15 +254,6 @@ def _record(
     chain.append(event, **facts, version=roll.version, roll=roll.digest)
 
 
-def _versions(entries: Sequence[Entry]) -> list[tuple[int, str]]:
-    """Version and digest of every roll that the audit names."""
-    return [
-        (version, str(entry.facts.get("roll")))
-        for entry in entries
-        if entry.event in _CHANGES and isinstance(version := entry.facts.get("version"), int)
-    ]
-
-
 def _write_bundles(folder: StudyFolder, signed: SignedRoll, key: SigningKey, now: datetime) -> None:
     """One bundle for each site of the roll, and none for anybody else."""
     settings, plan = folder.settings(), folder.plan()
@@ -315,9 +273,3 @@ def _write_bundles(folder: StudyFolder, signed: SignedRoll, key: SigningKey, now
             issued=stamp(now),
         )
         write_atomically(folder.bundle(identity.name), bundle)
-
-
-def _open_registry(folder: StudyFolder, key: VerifyKey) -> SignedRoll:
-    """The registry, if the study's key signed it for this study."""
-    data = read_part(folder.registry, MAX_ROLL_BYTES)
-    return open_roll(data, key, folder.settings().study)

@@ -14,8 +14,8 @@ from typing import Protocol
 
 from flwr.serverapp import Grid
 
-from coordinator.asking import LONGEST_POLL_S, Asking, Clock, Spacing
-from coordinator.events import (
+from coordinator.rounds.asking import LONGEST_POLL_S, Asking, Clock, Spacing
+from coordinator.rounds.events import (
     Observer,
     Paused,
     Resumed,
@@ -23,9 +23,10 @@ from coordinator.events import (
     StageOpened,
     nobody,
 )
-from coordinator.exchange import Exchange, Plain
-from coordinator.folding import Folding
-from coordinator.roster import Roster
+from coordinator.rounds.exchange import Exchange, Plain
+from coordinator.rounds.folding import Folding
+from coordinator.rounds.parcel import Parcel
+from coordinator.rounds.roster import Roster
 from fedseg.aggregation.rounds import (
     ENLIST,
     Outcome,
@@ -39,10 +40,9 @@ from fedseg.aggregation.rounds import (
     release_task,
     require_attempts_left,
 )
-from fedseg.container import peek
 from fedseg.plan import StudyPlan
 from fedseg.security.identity import SignedRoll
-from fedseg.updates import StageName, TaskHeader, task_digest
+from fedseg.updates import StageName
 
 ENLIST_S = 120.0
 LATE_ENLIST_S = 30.0
@@ -156,7 +156,7 @@ class Study:
         outcome = self._ask(position, task, nodes, absent=absent)
         state = close_stage(state, self._plan, outcome)
         self._store.save(state)
-        if not _same_stage(state.position, position):
+        if not position.same_stage(state.position):
             self._exchange.closed(position)
         self._observe(StageClosed(state.history[-1], self._clock.now() - started))
         return state
@@ -168,7 +168,7 @@ class Study:
             position = Position.model_validate(
                 {"round": last.round, "stage": last.stage, "attempt": last.attempt}
             )
-            if not _same_stage(state.position, position):
+            if not position.same_stage(state.position):
                 self._exchange.closed(position)
 
     def _between_stages(self, position: Position) -> None:
@@ -211,7 +211,7 @@ class Study:
         absent: Collection[str] = (),
     ) -> Outcome:
         """Send one task to nodes and fold what comes back; who is absent is named."""
-        parcel = _Parcel(self._exchange, position, task)
+        parcel = Parcel(self._exchange, position, task)
         round_, stage, attempt = position.round, position.stage, position.attempt
         opened = StageOpened(round_, stage, attempt, len(nodes), parcel.digest, parcel.size)
         self._observe(opened)
@@ -280,25 +280,3 @@ class Study:
         deadline = self._clock.now() + self._plan.aggregation.round_timeout_s
         while not enough() and self._clock.now() < deadline:
             self._clock.sleep(LONGEST_POLL_S)
-
-
-class _Parcel:
-    """A stage's task as it travels: on disk before anything is sent, and not held afterwards."""
-
-    def __init__(self, exchange: Exchange, position: Position, task: Callable[[], bytes]) -> None:
-        self._exchange, self._position, self._task = exchange, position, task
-        whole = task()
-        self.digest = task_digest(whole)
-        self.header = peek(whole, TaskHeader, max_bytes=len(whole))
-        self._data: bytes | None = exchange.seal(position, whole)
-        self.size = len(self._data)
-
-    def content(self) -> bytes:
-        """What is sent; sealed again, to the same bytes, from the second time on."""
-        data, self._data = self._data, None
-        return self._exchange.seal(self._position, self._task()) if data is None else data
-
-
-def _same_stage(one: Position | None, other: Position) -> bool:
-    """The same stage of the same round, whichever attempt."""
-    return one is not None and (one.round, one.stage) == (other.round, other.stage)

@@ -1,4 +1,4 @@
-"""Who watches a run from inside: checkpoint, progress and audit are kept, each event is logged.
+"""What is recorded of a run while it runs: checkpoint, progress, audit, and a line of the log.
 
 The round loop gives it every state and tells it of every event. A state is on disk before anything
 is told of it.
@@ -11,10 +11,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from coordinator.events import Event, SiteAnswered, SiteFailed, StageClosed, StageOpened
 from coordinator.folder import StudyFolder
-from coordinator.superlink import SuperLink, SuperLinkError
-from coordinator.watch import Watch
+from coordinator.progress.keeper import ProgressKeeper
+from coordinator.rounds.events import Event, SiteAnswered, SiteFailed, StageClosed, StageOpened
+from coordinator.running.superlink import SuperLink, SuperLinkError
 from fedseg.aggregation.checkpoint import save_state
 from fedseg.aggregation.rounds import StudyState
 from fedseg.chain import Chain, Fact
@@ -28,7 +28,7 @@ MAX_REASON = 400
 PRESENCE_S = 10.0
 
 
-class Witness:
+class Recorder:
     """Store and observer of one run."""
 
     def __init__(
@@ -42,24 +42,24 @@ class Witness:
     ) -> None:
         self._folder, self._plan, self._chain = folder, plan, chain
         self._lock = threading.Lock()
-        self._watch = Watch(folder.progress, plan, state, sites=sites)
+        self._keeper = ProgressKeeper(folder.progress, plan, state, sites=sites)
 
     def save(self, state: StudyState) -> None:
         """Keep a state: on disk first, then it is told."""
         save_state(self._folder.checkpoint, self._plan, state)
         with self._lock:
-            self._watch.stored(state)
+            self._keeper.stored(state)
 
     def __call__(self, event: Event) -> None:
         """Record an event and show it."""
         self._record(event)
         with self._lock:
-            self._watch(event)
+            self._keeper(event)
 
     def failed(self, reason: str) -> None:
         """The run ends without the study being finished."""
         with self._lock:
-            self._watch.say("failed", reason)
+            self._keeper.say("failed", reason)
 
     @contextmanager
     def presence(self, superlink: SuperLink) -> Iterator[None]:
@@ -79,7 +79,7 @@ class Witness:
             try:
                 nodes = superlink.nodes()
                 with self._lock:
-                    self._watch.seen(
+                    self._keeper.seen(
                         enrolled=[node.name for node in nodes],
                         online=[node.name for node in nodes if node.online],
                     )

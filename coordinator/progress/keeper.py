@@ -13,17 +13,8 @@ from datetime import UTC, datetime
 from itertools import zip_longest
 from pathlib import Path
 
-from coordinator.events import (
-    Event,
-    Paused,
-    Resumed,
-    SiteAnswered,
-    SiteFailed,
-    StageClosed,
-    StageOpened,
-)
-from coordinator.progress import Checkpoint, Phase, Progress, load_progress, rounds_closed
-from coordinator.tally import (
+from coordinator.progress.document import Checkpoint, Phase, Progress, load_progress, rounds_closed
+from coordinator.progress.tally import (
     NOT_ASKED,
     OpenStage,
     Sighting,
@@ -33,6 +24,15 @@ from coordinator.tally import (
     seconds_left,
     sites_of,
     stages_of,
+)
+from coordinator.rounds.events import (
+    Event,
+    Paused,
+    Resumed,
+    SiteAnswered,
+    SiteFailed,
+    StageClosed,
+    StageOpened,
 )
 from fedseg.aggregation.rounds import StudyState
 from fedseg.arrays import digest_of
@@ -46,10 +46,10 @@ logger = logging.getLogger(__name__)
 AWAY = frozenset({"offline", "unavailable"})
 
 
-class Watch:
+class ProgressKeeper:
     """Follows one study and keeps its document: an `Observer` that also sees states stored.
 
-    Use one a run: `Study(..., observe=watch)`, with a store that calls `stored` after it has saved.
+    Use one a run: `Study(..., observe=keeper)`, with a store that calls `stored` after a save.
     """
 
     def __init__(

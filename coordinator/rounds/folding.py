@@ -10,10 +10,10 @@ import hashlib
 import logging
 from collections.abc import Collection
 
-from coordinator.asking import Arrival
-from coordinator.events import Observer, SiteAnswered, SiteFailed
-from coordinator.exchange import Exchange
-from coordinator.roster import Roster
+from coordinator.rounds.asking import Arrival
+from coordinator.rounds.events import Observer, SiteAnswered, SiteFailed
+from coordinator.rounds.exchange import Exchange
+from coordinator.rounds.roster import Roster
 from fedseg.aggregation.accumulate import MeanAccumulator
 from fedseg.aggregation.rounds import Outcome, Position, weight_of
 from fedseg.carriage import unwrap

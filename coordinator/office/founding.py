@@ -10,13 +10,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from coordinator.folder import Settings, StudyFolder, read_part
+from coordinator.office.key import public_text
 from fedseg.chain import Chain
 from fedseg.container import write_atomically
 from fedseg.errors import DataError, PlanError
@@ -24,13 +25,13 @@ from fedseg.initial import initial_path, load_initial
 from fedseg.modelfile import save_model
 from fedseg.plan import StudyPlan, load_plan
 from fedseg.security.certificates import make_ca, make_server_certificate
+from fedseg.security.documents import stamp
 from fedseg.security.identity import Roll, sign_roll
 from fedseg.security.keys import SigningKey, fingerprint, save_key
 from fedseg.security.secretfile import read_secret, write_secret
 
 ROLL_DAYS = 397
 MAX_PEM_BYTES = 16 * 1024
-MAX_KEY_BYTES = 256
 LOOPBACK = ("localhost", "127.0.0.1")
 _DRAFT = ".draft"
 
@@ -94,16 +95,6 @@ def study_fingerprint(folder: StudyFolder) -> str:
     """What a hospital compares by telephone when it joins; `Bundle.fingerprint` gives the same."""
     authority = read_part(folder.ca_certificate, MAX_PEM_BYTES)
     return fingerprint(folder.settings().study, public_text(folder), authority)
-
-
-def public_text(folder: StudyFolder) -> str:
-    """The study's public key as its file has it."""
-    return read_part(folder.study_public, MAX_KEY_BYTES).decode("ascii", "replace").strip()
-
-
-def stamp(moment: datetime) -> str:
-    """ISO 8601 in UTC, to the second."""
-    return moment.astimezone(UTC).isoformat(timespec="seconds")
 
 
 def _make_keys(

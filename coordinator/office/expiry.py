@@ -5,9 +5,9 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from coordinator.enrolment import current_roll
 from coordinator.folder import StudyFolder, read_part
-from coordinator.founding import MAX_PEM_BYTES
+from coordinator.office.founding import MAX_PEM_BYTES
+from coordinator.office.registry import current_roll
 from fedseg.security.certificates import expiry
 
 AHEAD = timedelta(days=30)

@@ -1,15 +1,28 @@
-"""What daemon and ServerApp open by themselves, at any hour: the study key and the audit."""
+"""The study key: its public half, and how a run opens the other at an hour when nobody is there."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
-from coordinator.folder import StudyFolder
-from coordinator.founding import stamp
-from fedseg.chain import Chain
+from coordinator.folder import StudyFolder, read_part
 from fedseg.errors import TrustError
-from fedseg.security.keys import SigningKey, is_encrypted, load_signing_key
+from fedseg.security.keys import SigningKey, VerifyKey, is_encrypted, load_signing_key
 from fedseg.shell import PASSPHRASE_FILE, passphrase
+
+MAX_KEY_BYTES = 256
+
+
+def public_text(folder: StudyFolder) -> str:
+    """The study's public key as its file has it."""
+    return read_part(folder.study_public, MAX_KEY_BYTES).decode("ascii", "replace").strip()
+
+
+def public_key(folder: StudyFolder) -> VerifyKey:
+    """What everything that the study signs is verified with.
+
+    Raises:
+        TrustError: the file holds no key.
+        DataError: it cannot be read.
+    """
+    return VerifyKey.from_text(public_text(folder))
 
 
 def unattended_key(folder: StudyFolder) -> SigningKey:
@@ -25,8 +38,3 @@ def unattended_key(folder: StudyFolder) -> SigningKey:
             "readable by this user alone, because a run may start again at any hour"
         )
     return load_signing_key(folder.study_key, secret)
-
-
-def audit_of(folder: StudyFolder, key: SigningKey) -> Chain:
-    """The study's audit chain, to append to."""
-    return Chain(folder.audit, key, lambda: stamp(datetime.now(UTC)))

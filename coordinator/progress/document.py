@@ -1,7 +1,7 @@
 """run/progress.json: where a study stands, for whoever looks: `status`, the dashboard, a script.
 
-`coordinator.watch` writes it after every event. It tells what can be told and decides nothing: a
-study goes on from its checkpoint. It holds no patient, path or key. Times are ISO 8601 in UTC.
+Its keeper writes it after every event. It tells what can be told and decides nothing: a study goes
+on from its checkpoint. It holds no patient, path or key. Times are ISO 8601 in UTC.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from coordinator.tally import OpenStage, SiteProgress, StageProgress
+from coordinator.progress.tally import OpenStage, SiteProgress, StageProgress
 from fedseg.aggregation.rounds import Position
 from fedseg.errors import TrustError
 from fedseg.plan import Frozen, StudyPlan

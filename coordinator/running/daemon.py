@@ -15,20 +15,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
-from coordinator.control import DaemonReport, NodeReport, ProgramReport
-from coordinator.enrolment import current_roll
-from coordinator.expiry import warnings
 from coordinator.folder import Settings, StudyFolder
-from coordinator.proxy import find_nginx, proxy_command, proxy_environment, write_proxy
-from coordinator.runs import Runs
-from coordinator.superlink import (
+from coordinator.office.audit import audit_of
+from coordinator.office.expiry import warnings
+from coordinator.office.key import unattended_key
+from coordinator.office.registry import current_roll
+from coordinator.running.control import DaemonReport, NodeReport, ProgramReport
+from coordinator.running.proxy import find_nginx, proxy_command, proxy_environment, write_proxy
+from coordinator.running.runs import Runs
+from coordinator.running.superlink import (
     SuperLink,
     listens,
     superlink_command,
     superlink_environment,
     write_flower,
 )
-from coordinator.unattended import audit_of, unattended_key
 from fedseg.container import write_atomically
 from fedseg.errors import FedsegError, StorageError
 from fedseg.logs import FIELDS

@@ -1,7 +1,8 @@
-"""The signed roll on disk, as a running study sees it: read again when the file is another one.
+"""The signed roll on disk, and the one place where it is read.
 
-Who enrols or revokes a site writes the file, the study's run only reads it. It never goes back: an
-older roll put in the place of a newer one, and with it a revoked site, stops the run.
+Who enrols or revokes a site writes the file, a study's run only reads it: again whenever the file
+is another one. There it never goes back: an older roll put in the place of a newer one, and with it
+a revoked site, stops the run.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from coordinator.folder import StudyFolder
+from coordinator.office.key import public_key
 from fedseg.errors import TrustError
 from fedseg.security.identity import MAX_ROLL_BYTES, SignedRoll, open_roll
 from fedseg.security.keys import VerifyKey
@@ -36,7 +39,9 @@ class Registry:
                     return self._roll
                 data = file.read(MAX_ROLL_BYTES + 1)
         except OSError as error:
-            raise TrustError(f"cannot read the registry: {error.strerror}") from None
+            raise TrustError(
+                f"cannot read the study's {self._path.name}: {error.strerror}"
+            ) from None
         found, before = open_roll(data, self._key, self._study), self._roll
         if before is not None and found.roll.version < before.roll.version:
             raise TrustError(
@@ -45,3 +50,22 @@ class Registry:
             )
         self._seen, self._roll = seen, found
         return found
+
+
+def registry_of(folder: StudyFolder, key: VerifyKey) -> Registry:
+    """The registry of a study's folder, which this key must have signed.
+
+    Raises:
+        DataError: the folder is no study's.
+    """
+    return Registry(folder.registry, key, folder.settings().study)
+
+
+def current_roll(folder: StudyFolder) -> SignedRoll:
+    """The roll as it stands, checked against the study's public key.
+
+    Raises:
+        TrustError: the registry is missing or was not signed by the study key.
+        DataError: the folder is no study's.
+    """
+    return registry_of(folder, public_key(folder)).read()

@@ -12,13 +12,14 @@ import time
 
 from flwr.serverapp import Grid
 
-from coordinator.enrolment import current_roll
-from coordinator.exchange import SealedExchange
 from coordinator.folder import StudyFolder
-from coordinator.rounds import Study
-from coordinator.superlink import SuperLink
-from coordinator.unattended import audit_of, unattended_key
-from coordinator.witness import Witness
+from coordinator.office.audit import audit_of
+from coordinator.office.key import unattended_key
+from coordinator.office.registry import current_roll
+from coordinator.rounds.study import Study
+from coordinator.running.recorder import Recorder
+from coordinator.running.superlink import SuperLink
+from coordinator.sealing.exchange import SealedExchange
 from fedseg.aggregation.checkpoint import load_state
 from fedseg.aggregation.rounds import StudyState, first_state, fresh_attempts
 from fedseg.errors import FedsegError
@@ -59,18 +60,18 @@ def _serve(grid: Grid, folder: StudyFolder) -> None:
     key, plan = unattended_key(folder), folder.plan()
     state = starting_state(folder, plan)
     sites = tuple(site.name for site in current_roll(folder).roll.sites)
-    witness = Witness(folder, plan, state, audit_of(folder, key), sites=sites)
+    recorder = Recorder(folder, plan, state, audit_of(folder, key), sites=sites)
     study = Study(
         grid,
         plan,
-        witness,
+        recorder,
         nodes=plan.aggregation.minimum_sites,
-        observe=witness,
+        observe=recorder,
         exchange=SealedExchange(plan, key, registry=folder.registry, outbox=folder.outbox),
         reask=True,
         paused=folder.paused.exists,
     )
-    with witness.presence(SuperLink(folder, folder.settings())):
+    with recorder.presence(SuperLink(folder, folder.settings())):
         try:
             _gather(grid, len(sites), LATER_S if state.history else FIRST_S)
             state = study.run(state)
@@ -79,7 +80,7 @@ def _serve(grid: Grid, folder: StudyFolder) -> None:
                 state = study.redeliver(state)
                 time.sleep(OFFER_AGAIN_S)
         except FedsegError as error:
-            witness.failed(str(error))
+            recorder.failed(str(error))
             raise
 
 

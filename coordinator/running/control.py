@@ -17,9 +17,9 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from coordinator.expiry import warnings
 from coordinator.folder import StudyFolder
-from coordinator.progress import Progress, load_progress
+from coordinator.office.expiry import warnings
+from coordinator.progress.document import Progress, load_progress
 from fedseg.container import write_atomically
 from fedseg.errors import DataError, RoundError
 from fedseg.plan import Frozen

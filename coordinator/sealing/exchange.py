@@ -1,6 +1,6 @@
-"""How tasks and answers travel: as they are in a simulation, sealed and signed between hospitals.
+"""How tasks and answers travel between hospitals: sealed, signed, and read by nobody on the way.
 
-Sealed, a task is encrypted once for all sites of the signed roll and signed by the study key; it
+A task is encrypted once for all sites of the signed roll and signed by the study key; it
 names the key that answers are sealed for, which is made for the stage and destroyed when the stage
 is closed. An answer counts where it answers the open task and is signed by a site that is on the
 roll as the sites were told it, and still is: who was revoked a minute ago is refused. Ciphertext is
@@ -12,10 +12,9 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from coordinator.outbox import Outbox
-from coordinator.registry import Registry
+from coordinator.office.registry import Registry
+from coordinator.sealing.outbox import Outbox
 from fedseg.aggregation.rounds import Position
 from fedseg.container import Buffer
 from fedseg.errors import RoundError, TrustError
@@ -24,64 +23,6 @@ from fedseg.security.envelope import EnvelopeHeader, open_envelope, read_header,
 from fedseg.security.identity import COORDINATOR, Roll, SignedRoll, SiteIdentity
 from fedseg.security.keys import ReceivingKey, SealingKey, SigningKey, VerifyKey
 from fedseg.updates import AnswerError, message_limit, task_digest
-
-
-class Exchange(Protocol):
-    """What stands between the round loop and the network."""
-
-    @property
-    def sites(self) -> tuple[str, ...]:
-        """Who is enrolled, as of the roll in force; empty where nobody is."""
-
-    def adopt(self) -> SignedRoll | None:
-        """Put the roll as it stands in force; the sites are told it when they enlist."""
-
-    def changed(self) -> bool:
-        """Whether the roll is another than the one in force: the sites are to enlist again."""
-
-    def revoked(self, site: str) -> bool:
-        """Whether a site of the roll in force was taken out since: its answer counts no more."""
-
-    def seal(self, position: Position, task: bytes) -> bytes:
-        """What is sent for a task, stored before this returns; the same bytes after a crash."""
-
-    def open(self, data: bytes) -> tuple[str | None, Buffer]:
-        """The site that signed an answer (None: nobody signs), and the answer.
-
-        Raises:
-            AnswerError: with code `malformed`, `stale`, `site` or `signature`.
-        """
-
-    def closed(self, position: Position) -> None:
-        """The stage is over and the state after it is stored: nothing of it is read any more."""
-
-
-class Plain:
-    """Nothing is hidden, and sites are who they say: for a simulation in one process."""
-
-    sites: tuple[str, ...] = ()
-
-    def adopt(self) -> None:
-        """There is no roll."""
-
-    def changed(self) -> bool:
-        """There is no roll."""
-        return False
-
-    def revoked(self, site: str) -> bool:
-        """There is no roll."""
-        return False
-
-    def seal(self, position: Position, task: bytes) -> bytes:
-        """The task."""
-        return task
-
-    def open(self, data: bytes) -> tuple[None, bytes]:
-        """The answer, signed by nobody."""
-        return None, data
-
-    def closed(self, position: Position) -> None:
-        """Nothing was kept."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +148,7 @@ class SealedExchange:
         """Destroy the stage's receiving key, and its tasks."""
         self._outbox.destroy(position)
         open_ = self._open
-        if open_ and _same_stage(open_.position, position):
+        if open_ and open_.position.same_stage(position):
             self._open = None
 
     def _write(
@@ -253,8 +194,3 @@ class SealedExchange:
         if self._roll is None:
             raise ValueError("adopt the roll before anything is sealed or opened")
         return self._roll
-
-
-def _same_stage(one: Position, other: Position) -> bool:
-    """The same stage of the same round, whichever attempt."""
-    return (one.round, one.stage) == (other.round, other.stage)

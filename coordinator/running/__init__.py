@@ -1,0 +1,1 @@
+"""A study that runs: the daemon, the programs that it keeps alive, and the run inside Flower."""
