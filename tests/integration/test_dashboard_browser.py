@@ -201,7 +201,7 @@ def test_the_token_opens_the_page_once_and_stays_nowhere(study: Study, page: Pag
         page.go(address)
         assert page.js("location.pathname") == "/login"
         for typed, there in (("wrong", "/login"), (_token(study), "/")):
-            assert page.js("document.activeElement.id") == "token", "ready to type"
+            page.until("document.activeElement.id === 'token'")  # ready to type
             page.call("Input.insertText", text=typed)
             page.key("Enter", 13, "\r")
             page.until(f"location.pathname === '{there}' && document.querySelector('h1')")

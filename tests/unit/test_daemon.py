@@ -33,6 +33,7 @@ def daemon(folder: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dae
 def test_a_report_that_cannot_be_written_ends_nothing(
     daemon: Daemon, folder: StudyFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("WARNING", logger="coordinator")  # commands in this process may have said less
     blocked = folder.daemon_report.with_name(folder.daemon_report.name + ".part")
     blocked.mkdir()
     for _ in range(5):
