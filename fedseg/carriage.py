@@ -13,6 +13,7 @@ from fedseg.errors import TrustError
 
 ACTION = "fedseg"
 MESSAGE_TYPE = f"query.{ACTION}"
+BUSY = "busy"  # a relay's reason for no answer: the trainer works on this very task
 _RECORD = "fedseg"
 _STYPE = "fedseg.bytes"
 

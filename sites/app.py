@@ -15,8 +15,8 @@ from pathlib import Path
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
-from fedseg.carriage import ACTION, unwrap, wrap
-from sites.client import PATIENCE_S, Door, ask
+from fedseg.carriage import ACTION, BUSY, unwrap, wrap
+from sites.client import PATIENCE_S, BusyError, Door, ask
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,8 @@ def make_app(connect: Connect) -> ClientApp:
     def forward(message: Message, context: Context) -> Message:
         try:
             answer = connect(context)(unwrap(message))
+        except BusyError:
+            return Message(Error(code=CRASHED, reason=BUSY), reply_to=message)
         except Exception:
             logger.exception("the trainer cannot be reached or has crashed")
             return Message(Error(code=CRASHED, reason="failed"), reply_to=message)

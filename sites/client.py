@@ -1,7 +1,8 @@
 """How a relay speaks to the trainer: opaque bytes over a local socket, with Python's library alone.
 
 A trainer that is not there, restarts or is paused is waited for, and the task is sent again: the
-trainer answers a repeated task with its stored answer. What it refuses is not sent again. Every
+trainer answers a repeated task with its stored answer. What it refuses is not sent again, nor what
+it works on already for a relay that may be gone. Every
 message of Flower starts a process that imports this, so it imports next to nothing. A trainer that
 ends again and again over one task is not given it for ever: the next task deserves its turn.
 """
@@ -80,6 +81,7 @@ def ask(
         answer_s: how long one that works on the task may take.
 
     Raises:
+        BusyError: it works on this very task already, for an earlier message.
         RoundError: the trainer could not be reached in time, or ended too often.
         TrustError: it refuses the task.
     """
@@ -126,6 +128,10 @@ def status(door: Door, *, timeout_s: float = 5.0) -> dict[str, Any]:
         connection.close()
 
 
+class BusyError(RoundError):
+    """The trainer works on this task already; its answer will be stored."""
+
+
 class _NotReadyError(Exception):
     """The trainer is there and asks to be asked later."""
 
@@ -156,6 +162,8 @@ def _post(door: Door, path: str, task: bytes, answer_s: float) -> bytes:
         response = connection.getresponse()
         if response.status in {http.client.SERVICE_UNAVAILABLE, http.client.TOO_MANY_REQUESTS}:
             raise _NotReadyError(f"status {response.status}")
+        if response.status == http.client.CONFLICT:
+            raise BusyError("the trainer works on this task already")
         if response.status != http.client.OK:
             raise TrustError(f"the trainer refuses the task with status {response.status}")
         return _whole(response)

@@ -3,13 +3,15 @@
 It listens on a Unix socket, or on a loopback port where a bearer token is asked for. A body goes to
 a file as it comes and is cut off where it is larger than any task of the plan; only so many are let
 in at a time, so that the disk which they can fill is bounded, and nothing is parsed before it is
-whole. One thread works on one task; a relay that went away meanwhile finds the answer stored.
+whole. One thread works on one task; a relay that went away meanwhile finds the answer stored, and
+one that brings the same task again before that is told at once that it is being worked on (409).
 Nothing that is said here names a patient, and a refusal has a status and no text.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import logging
 import os
@@ -18,7 +20,7 @@ import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,6 +50,14 @@ Reason = Callable[[], str | None]
 Tell = Callable[[str], None]
 
 
+@dataclass(frozen=True)
+class Spooled:
+    """A whole body in a file, and its SHA-256."""
+
+    path: Path
+    digest: bytes
+
+
 class Desk:
     """The gates of all joined studies, and the one thread that works on tasks."""
 
@@ -62,6 +72,7 @@ class Desk:
         self._folder, self._open_gate = folder, open_gate
         self.closed, self.refused = closed, refused
         self.waiting = 0  # tasks that are spooled, wait for their turn or are worked on
+        self._at_work: set[bytes] = set()  # digests of envelopes that wait or are worked on
         self._gates: dict[str, tuple[tuple[int, int], Gate]] = {}
         self._jobs: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -84,17 +95,29 @@ class Desk:
                 self._gates[study] = (mark, self._open_gate(study))
             return self._gates[study][1]
 
-    async def handle(self, gate: Gate, envelope: Path) -> Answer:
-        """Have a task worked on; it goes on to its end even where nobody waits for it any more."""
+    async def handle(self, gate: Gate, envelope: Spooled) -> Answer | None:
+        """Have a task worked on; it goes on to its end even where nobody waits for it any more.
+
+        Returns:
+            The answer, or None where the very same envelope is being worked on already.
+        """
+        if envelope.digest in self._at_work:
+            envelope.path.unlink(missing_ok=True)
+            return None
+        self._at_work.add(envelope.digest)
         answer: Future[Answer] = Future()
 
         def job() -> None:
             try:
-                answer.set_result(gate.handle(envelope))
+                found = gate.handle(envelope.path)
             except BaseException as error:
+                self._at_work.discard(envelope.digest)
                 answer.set_exception(error)
+            else:
+                self._at_work.discard(envelope.digest)
+                answer.set_result(found)
             finally:
-                envelope.unlink(missing_ok=True)
+                envelope.path.unlink(missing_ok=True)
 
         self._jobs.put(job)
         return await asyncio.shield(asyncio.wrap_future(answer))
@@ -188,10 +211,11 @@ async def _answered(folder: SiteFolder, desk: Desk, request: Request) -> Respons
     if envelope is None:
         desk.refused(f"a task of {study} came that is larger than its plan allows")
         return _status(413)
-    return _response(await desk.handle(gate, envelope))
+    answer = await desk.handle(gate, envelope)
+    return _status(409) if answer is None else _response(answer)
 
 
-async def _spooled(request: Request, spool: Path, max_bytes: int) -> Path | None:
+async def _spooled(request: Request, spool: Path, max_bytes: int) -> Spooled | None:
     """The body in a file, or None where it is larger than allowed."""
     claimed = request.headers.get("content-length", "")
     if claimed.isdigit() and int(claimed) > max_bytes:
@@ -199,7 +223,7 @@ async def _spooled(request: Request, spool: Path, max_bytes: int) -> Path | None
     with tempfile.NamedTemporaryFile(dir=make_folder(spool), delete=False) as file:
         path = Path(file.name)
         try:
-            size = 0
+            size, hasher = 0, hashlib.sha256()
             async with asyncio.timeout(BODY_S):
                 async for piece in _pieces(request):
                     size += len(piece)
@@ -207,10 +231,11 @@ async def _spooled(request: Request, spool: Path, max_bytes: int) -> Path | None
                         path.unlink()
                         return None
                     file.write(piece)
+                    hasher.update(piece)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
-    return path
+    return Spooled(path, hasher.digest())
 
 
 async def _pieces(request: Request) -> AsyncIterator[bytes]:

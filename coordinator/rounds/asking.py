@@ -2,7 +2,9 @@
 
 Who is asked is waited for until the time is up. With `again`, a node that went off line and came
 back, or of which Flower says that the message or its work was lost, is sent the same task again,
-and so is a node that comes only now; a trainer gives a repeated task its stored answer. Whatever
+and so is a node that comes only now. A node from which nothing is heard is sent it again now and
+then too, less and less often: Flower may lose a message without a word when a connection breaks.
+A trainer gives a repeated task its stored answer, and says so while it still works on it. Whatever
 is sent and comes how often, each node gives at most one answer, the first; one is held at a time.
 What Flower itself cannot read is an answer too, a malformed one: a relay may send anything.
 """
@@ -17,7 +19,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from fedseg.carriage import MESSAGE_TYPE, wrap
+from fedseg.carriage import BUSY, MESSAGE_TYPE, wrap
 from fedseg.updates import AnswerError
 
 SHORTEST_POLL_S = 0.002
@@ -25,6 +27,7 @@ LONGEST_POLL_S = 0.25
 PRESENCE_S = 2.0
 AGAIN_S = 2.0
 LONGEST_AGAIN_S = 60.0
+SILENT_S, LONGEST_SILENT_S = 45.0, 600.0
 LOST = frozenset({3, 4, 5, 8})  # Flower: message unavailable or expired, node away, app killed
 # What Flower raises while it puts a reply together from what a node sent.
 UNREADABLE = (AttributeError, DecodeError, LookupError, RecursionError, TypeError, ValueError)
@@ -96,6 +99,7 @@ class Asking:
         self._due: dict[int, float] = {}
         self._tries: dict[int, int] = {}
         self._said: dict[int, Message] = {}
+        self._silent = Spacing(SILENT_S, LONGEST_SILENT_S)
         self._looked = clock.now()
 
     @property
@@ -137,6 +141,7 @@ class Asking:
             return
         for node in nodes:
             self._tries[node] = self._tries.get(node, 0) + 1
+        self._silent.tried(nodes, self._clock.now())
         content = wrap(self._content())
         messages = [
             Message(
@@ -166,6 +171,8 @@ class Asking:
         if not replies:
             return None
         node, message = self._waiting.pop(message_id), replies.pop()
+        if self._again and message.has_error() and message.error.reason == BUSY:
+            return None  # an earlier message is being worked on
         if self._again and message.has_error() and message.error.code in LOST:
             self._said[node] = message
             wait = min(AGAIN_S * 2 ** (self._tries[node] - 1), LONGEST_AGAIN_S)
@@ -195,6 +202,7 @@ class Asking:
         self._away = self._open - here
         due = {node for node, at in self._due.items() if at <= now and node in self._open & here}
         new = {node for node in here if node not in self._tries and self._welcome(node)}
+        silent = set(self._silent.due(sorted(self._open & here), now)) - self._due.keys()
         for node in back | due:
             self._due.pop(node, None)
-        self._send(sorted(back | due | new))
+        self._send(sorted(back | due | new | silent))

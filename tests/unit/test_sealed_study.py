@@ -31,6 +31,7 @@ from coordinator.rounds.study import Study
 from coordinator.sealing.exchange import SealedExchange
 from fedseg.aggregation.rounds import Position, StudyState, first_state
 from fedseg.arrays import digest_of
+from fedseg.carriage import BUSY
 from fedseg.security.identity import Revoked, sign_roll
 from fedseg.security.keys import SigningKey
 from fedseg.updates import Refused, TaskHeader, open_task, peek, task_digest
@@ -233,6 +234,38 @@ def test_a_task_that_flower_lost_is_sent_again_while_there_is_time(
     assert hospitals.sites["site_c"].worked.count(hospitals.sites["site_a"].worked[2]) == 1
     record = next(r for r in last.history if (r.round, r.stage) == (2, "train"))
     assert record.bytes_down == 5 * len(tries[0])
+
+
+def test_a_task_that_is_lost_without_a_word_is_sent_again(hospitals: Hospitals) -> None:
+    seen: list[bytes] = []
+
+    def swallow_first(envelope: bytes) -> Any:
+        seen.append(envelope)
+        return None if len(seen) == 1 else hospitals.sites["site_c"](envelope)
+
+    hospitals.grid.sites[13] = hospitals.only_in("train", swallow_first, "site_c", 2)
+    last = hospitals.run()
+    assert failures(last) == []
+    assert model_of(last) == model_of(UNDISTURBED)
+    assert len(seen) == 2 and len(set(seen)) == 1
+    assert 45 <= hospitals.time.now < 55
+
+
+def test_a_site_that_says_it_is_busy_is_waited_for(hospitals: Hospitals) -> None:
+    tries: list[bytes] = []
+
+    def slow(envelope: bytes) -> Any:
+        tries.append(envelope)
+        if len(tries) == 1:
+            return 50.0, hospitals.sites["site_c"](envelope)
+        return Error(code=2, reason=BUSY)
+
+    hospitals.grid.sites[13] = hospitals.only_in("train", slow, "site_c", 2)
+    last = hospitals.run()
+    assert failures(last) == []
+    assert model_of(last) == model_of(UNDISTURBED)
+    assert len(tries) == 2
+    assert 50 <= hospitals.time.now < 60
 
 
 def test_without_asking_again_a_lost_task_is_a_failure_at_once(hospitals: Hospitals) -> None:

@@ -15,7 +15,7 @@ from small_hospitals import Hospital, hospital, phantoms
 
 from fedseg.errors import DataError, RoundError, TrustError
 from sites import service
-from sites.client import Door, ask, status
+from sites.client import BusyError, Door, ask, status
 from sites.gate import Gate
 from sites.listening import Place, closed_because, make_server, opened_place
 from sites.service import Desk
@@ -231,6 +231,20 @@ def test_a_relay_that_went_away_finds_its_answer_stored(site: Hospital) -> None:
         say(door, request("tiny", len(envelope), envelope), wait=False)
         until(lambda: len(site.audited("answered")) == 1 and desk.waiting == 0)
         assert site.said(ask(door, "tiny", envelope)).body.kind == "train"
+    assert site.trained == 1
+
+
+def test_a_task_that_is_being_worked_on_is_not_waited_for_twice(site: Hospital) -> None:
+    envelope = site.task()
+    answers: list[bytes] = []
+    with serving(site) as (door, desk):
+        first = threading.Thread(target=lambda: answers.append(ask(door, "tiny", envelope)))
+        first.start()
+        until(lambda: desk.waiting == 1 and desk.doing is not None)
+        with pytest.raises(BusyError):
+            ask(door, "tiny", envelope)
+        first.join(30)
+        assert ask(door, "tiny", envelope) == answers[0]
     assert site.trained == 1
 
 
