@@ -228,18 +228,18 @@ class Faults:
     def _fill(self, place: Path, complaints: Path) -> Mend:
         """Fill a small disk to its last byte until somebody complains; then remove the ballast."""
         ballast, before = place / "ballast", complaints.stat().st_size
-        with ballast.open("wb", buffering=0) as stream:
-            for size in (1 << 20, 1 << 12, 1):
-                with suppress(OSError):
-                    while stream.write(bytes(size)) == size:
-                        pass
         deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline:
-            time.sleep(0.2)
-            with complaints.open() as stream:
-                stream.seek(before)
-                if NO_SPACE in stream.read():
-                    return ballast.unlink
+        with ballast.open("wb", buffering=0) as stream:
+            while time.monotonic() < deadline:
+                for size in (1 << 20, 1 << 12, 1):  # again and again: old answers make room
+                    with suppress(OSError):
+                        while stream.write(bytes(size)) == size:
+                            pass
+                with complaints.open() as said:
+                    said.seek(before)
+                    if NO_SPACE in said.read():
+                        return ballast.unlink
+                time.sleep(0.02)
         raise TimeoutError("nobody noticed the full disk")
 
     def _skew(self, site: str, rng: Random) -> Mend:
