@@ -35,7 +35,8 @@ def shares(norms: Tensor, clip_norm: float, clipping: Clipping, dtype: torch.dty
     check_clip_norm(clip_norm)
     bound = clip_norm * (1 - ULPS * torch.finfo(dtype).eps)
     found = (bound / norms).clamp(max=1) if clipping == "flat" else bound / (norms + STABILISER)
-    return torch.where(norms.isfinite(), found, 0)
+    tiny = torch.finfo(dtype).tiny  # below it a share rounds by more than units in the last place
+    return torch.where(norms.isfinite() & (found >= tiny), found, 0)
 
 
 def check_clip_norm(clip_norm: float) -> None:
