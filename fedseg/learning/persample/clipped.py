@@ -36,7 +36,7 @@ from fedseg.learning.persample.watch import remarks_on
 
 logger = logging.getLogger(__name__)
 
-SLAB = 1 << 20
+SLAB = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def squared_norms(rows: Tensor) -> Tensor:
     flat = rows.reshape(len(rows), -1)
     total = torch.zeros(len(flat), dtype=torch.float64, device=flat.device)
     for slab in torch.split(flat, max(1, SLAB // max(1, len(flat))), dim=1):
-        total += slab.double().square().sum(1)
+        total += torch.linalg.vector_norm(slab.double(), dim=1).square()
     return total
 
 

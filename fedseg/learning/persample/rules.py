@@ -181,15 +181,15 @@ def _weight_gradients(layer: _ConvNd, x: Tensor, gradient: Tensor, patients: Pat
         x = functional.pad(x, layer._reversed_padding_repeated_twice, mode)
         padding = (0,) * (x.ndim - 2)
     weight = layer.weight.detach().to(gradient.dtype)
-    rows = layer.weight.new_empty(len(patients), *weight.shape)
+    count = len(patients)
     if _better_in_groups(x, gradient, patients):
-        count = len(patients)
-        together = weight.expand(count, *weight.shape).flatten(0, 1)
+        together = weight.new_empty(count * weight.shape[0], *weight.shape[1:])  # its shape counts
         found = _backward(
             x.reshape(1, -1, *x.shape[2:]), gradient.reshape(1, -1, *gradient.shape[2:]),
             together, layer, padding, count * layer.groups,
         )  # fmt: skip
-        return rows.copy_(found.view_as(rows))
+        return found.view(count, *weight.shape).to(layer.weight.dtype)
+    rows = layer.weight.new_empty(count, *weight.shape)
     for row, patient in zip(rows, patients, strict=True):
         row.copy_(_backward(x[patient], gradient[patient], weight, layer, padding, layer.groups))
     return rows
