@@ -1,0 +1,1 @@
+"""What differential privacy needs besides gradients."""
