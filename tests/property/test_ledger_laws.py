@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from small_ledgers import (
     witness,
 )
 
-from fedseg.errors import PrivacyError, TrustError
+from fedseg.errors import DataError, PrivacyError, TrustError
 from fedseg.privacy.accounting import PrivacyFilter
 from fedseg.privacy.ledger.restore import restore
 
@@ -57,10 +58,9 @@ class Ledgers(RuleBasedStateMachine):
         self.links: list[tuple[int, int]] = []
         self.most: dict[int, float] = {}
         self.number = 0
+        self.strict = True
         self.backup: Path | None = None
-        for name, cohort in COHORTS.items():
-            if name == "liver":
-                self.register(name, cohort)
+        self.register("liver", COHORTS["liver"])
 
     def register(self, name: str, cohort: range) -> None:
         event = study(name, cohort, range(20, 21), rounds=6)
@@ -69,7 +69,8 @@ class Ledgers(RuleBasedStateMachine):
     @rule()
     def register_the_other(self) -> None:
         if "brain" not in self.ledger.book.studies:
-            self.register("brain", COHORTS["brain"])
+            with suppress(DataError, PrivacyError):  # old ids, or its register was lost
+                self.register("brain", COHORTS["brain"])
 
     @rule(target=tasks, name=st.sampled_from(sorted(COHORTS)))
     def reserve(self, name: str) -> str:
@@ -148,12 +149,9 @@ class Ledgers(RuleBasedStateMachine):
                 place(self.folder), [self.backup], SECRET, witness(self.folder), now,
                 limits=TIGHT, reason="test",
             )  # fmt: skip
-        # The audit holds debits and answers; links and registers after the backup are lost.
-        kept = set(self.ledger.book.studies)
-        if "brain" in self.debited.values() and "brain" not in kept:
-            self.most = {}  # from here on everyone pays for brain
-        self.links = []
-        self.most = {}
+        # The audit holds debits and answers; links and registers after the backup are lost, and
+        # debits of lost registers are charged to all.
+        self.links, self.most, self.strict = [], {}, False
 
     @invariant()
     def every_debit_and_answer_is_there(self) -> None:
@@ -175,7 +173,7 @@ class Ledgers(RuleBasedStateMachine):
                 m.noise_multiplier < STEP.noise_multiplier for m in charged
             )
             assert cost >= self.most.get(number, 0.0) - 1e-12, "a spend became smaller"
-            if not self.links:
+            if self.strict and not self.links:
                 assert rule.room(cost - 1e-12), "somebody overspent"
             self.most[number] = cost
         for old, new in self.links:
@@ -191,7 +189,7 @@ class Ledgers(RuleBasedStateMachine):
 
 
 Ledgers.TestCase.settings = settings(
-    max_examples=25,
+    max_examples=40,
     stateful_step_count=20,
     deadline=None,
     suppress_health_check=list(HealthCheck),

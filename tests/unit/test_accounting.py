@@ -39,8 +39,16 @@ SHAPES: list[tuple[Work, tuple[float, ...]]] = [
     ),
     ([(1.0, 1.0, 3), (20.0, 1.0, 5)], (53.38, 12.22, 6.477, 2.418, 0.868)),
 ]
+
+
+def _marks(work: Work, target: float) -> tuple[pytest.MarkDecorator, ...]:
+    """PRV takes half a minute for a tenth of an epsilon over hundreds of steps."""
+    long = target < 0.5 and sum(steps for *_, steps in work) > 200
+    return (pytest.mark.slow,) if long else ()
+
+
 GRID = [
-    pytest.param(work, noise, target, id=f"{work}-{target}")
+    pytest.param(work, noise, target, id=f"{work}-{target}", marks=_marks(work, target))
     for work, factors in SHAPES
     for noise, target in zip(factors, TARGETS, strict=True)
 ]

@@ -31,6 +31,7 @@ from fedseg.errors import DataError, PrivacyError, StorageError, TrustError
 from fedseg.privacy.accounting import PrivacyFilter, epsilon_spent
 from fedseg.privacy.ledger import Ledger, patient_key
 from fedseg.privacy.ledger.restore import restore
+from fedseg.privacy.ledger.store import insert
 from fedseg.privacy.ledger.views import budget, export, show, withdrawal
 from fedseg.privacy.mechanisms import Mechanism
 
@@ -305,6 +306,52 @@ def test_rows_that_a_crash_kept_from_the_audit_are_entered_later(
     assert [row.n for row in ledger.verify()] == [3]
     assert reopened(tmp_path).verify() == []
     assert spent(reopened(tmp_path), 0) > 0
+
+
+def test_nothing_goes_on_while_the_audit_cannot_be_written(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise StorageError("no room")
+
+    ledger.reserve(digest("1"), "liver", "train", STEP, LIMITS)
+    with monkeypatch.context() as patch:
+        patch.setattr(Chain, "append", full)
+        for _ in range(2):
+            with pytest.raises(StorageError):
+                ledger.commit(digest("1"), digest("sealed"))
+    assert len(ledger.verify()) == 1
+    ledger.commit(digest("1"), digest("sealed"))
+    assert ledger.verify() == []
+
+
+def test_a_write_that_was_cut_short_leaves_nothing_behind(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(database: sqlite3.Connection, row: object) -> None:
+        insert(database, row)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedseg.privacy.ledger.store.insert", cut)
+        with pytest.raises(KeyboardInterrupt):
+            ledger.reserve(digest("1"), "liver", "train", STEP, LIMITS)
+    assert len(ledger.refresh().debits) == 0
+    assert ledger.reserve(digest("2"), "liver", "train", STEP, LIMITS).attempt == 1
+    assert reopened(tmp_path).verify() == [] and len(ledger.book.debits) == 1
+
+
+def test_a_retry_tells_the_audit_what_it_is_about(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the first entry was lost and the ledger with it, the debit still comes back."""
+    backup = Path(shutil.copy(place(tmp_path), tmp_path / "backup"))
+    ledger.reserve(digest("1"), "liver", "train", STEP, LIMITS)
+    ledger.reserve(digest("1"), "liver", "train", STEP, LIMITS)
+    seen = [each.event for each in witness(tmp_path).seen()]
+    assert seen[2] == seen[3] is not None
+    shutil.copy(backup, place(tmp_path))
+    assert restored(tmp_path)[1] == 1
 
 
 def test_the_file_refuses_to_change_rows(ledger: Ledger, tmp_path: Path) -> None:

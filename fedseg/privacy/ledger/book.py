@@ -30,6 +30,8 @@ from fedseg.privacy.ledger.entries import (
 )
 from fedseg.privacy.mechanisms import Mechanism, merged
 
+History = frozenset[tuple[str, Use, int]]
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -150,6 +152,11 @@ class Book:
         """Everyone who was ever registered or linked."""
         registers = [s.registered for s in self.studies.values()]
         return self.people(p for r in registers for p in (*r.train, *r.val))
+
+    def history(self, patient: Patient) -> History:
+        """In which registers a patient is, and how often; equal histories are charged equally."""
+        records = self._records(self.known_ids(patient))
+        return frozenset((study, use, n) for (study, use), n in records.items() if n)
 
     def charges(self, patient: Patient, study: str | None = None) -> tuple[Mechanism, ...]:
         """All that a patient was charged, in one study or in all."""

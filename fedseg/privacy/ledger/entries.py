@@ -63,10 +63,17 @@ class Reserved(Frozen):
 
 
 class Retried(Frozen):
-    """Work under a reservation began again; it costs nothing while one answer alone is sealed."""
+    """Work under a reservation began again; it costs nothing while one answer alone is sealed.
+
+    It says again what was reserved, so that the audit knows it even where the first row's entry
+    never got there.
+    """
 
     kind: Literal["retried"] = "retried"
     reservation: Digest
+    study: Name
+    use: Use
+    mechanism: Mechanism
 
 
 class Answered(Frozen):

@@ -147,7 +147,7 @@ def _lost(book: Book, event: Event, present: set[str]) -> Event | None:
     match event:
         case Registered():
             return _lost_register(book, event)
-        case Reserved() | Recovered():
+        case Reserved() | Retried() | Recovered():
             return _lost_debit(book, event)
         case Answered():
             return _lost_answer(book, event)
@@ -156,7 +156,7 @@ def _lost(book: Book, event: Event, present: set[str]) -> Event | None:
             return event if study is not None and study.closed is None else None
         case Linked() | Withdrawn():
             return None if event.canonical_bytes.decode() in present else event
-        case Opened() | Retried() | Restored():
+        case Opened() | Restored():
             return None
 
 
@@ -173,7 +173,7 @@ def _lost_register(book: Book, event: Registered) -> Event | None:
     return have.model_copy(update={"train": train, "val": val})
 
 
-def _lost_debit(book: Book, event: Reserved | Recovered) -> Event | None:
+def _lost_debit(book: Book, event: Reserved | Retried | Recovered) -> Event | None:
     """A debit that the base lacks; one for other work under the same name is charged as well."""
     debit = book.debits.get(event.reservation)
     name = event.reservation

@@ -14,6 +14,7 @@ the same reservation, with fresh noise; once a digest is committed no other answ
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from fedseg.errors import DataError, PrivacyError, StorageError, TrustError
 from fedseg.privacy.accounting import PrivacyFilter, epsilon_spent, require_small_delta
-from fedseg.privacy.ledger.book import Book, Debit, Limits
+from fedseg.privacy.ledger.book import Book, Debit, History, Limits
 from fedseg.privacy.ledger.entries import (
     START,
     Allowed,
@@ -86,6 +87,8 @@ class Ledger:
         self._secret = secret
         self._witness = witness
         self._now = now
+        self._turn = threading.RLock()
+        self._untold: list[Row] = []
         self._forget()
 
     @classmethod
@@ -152,8 +155,9 @@ class Ledger:
                 )
             if self._rows[each.number - 1].hash != each.digest:
                 raise TrustError(f"row {each.number} of the ledger is not what the audit has seen")
-        known = max((each.number for each in seen), default=0)
-        return self._rows[known:]
+        numbers = {each.number for each in seen}
+        start = seen[0].number if seen and seen[0].restored else 1
+        return [row for row in self._rows[start - 1 :] if row.n not in numbers]
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -162,8 +166,9 @@ class Ledger:
 
     def refresh(self) -> Book:
         """What the ledger says now, other processes' rows included."""
-        self._read_on()
-        return self.book
+        with self._turn:
+            self._read_on()
+            return self.book
 
     def register(
         self,
@@ -224,7 +229,8 @@ class Ledger:
             debit = book.debits.get(task)
             if debit is not None:
                 _require_same_work(debit, wanted)
-                return Retried(reservation=task) if debit.answer is None else None
+                again = Retried(reservation=task, study=study, use=use, mechanism=mechanism)
+                return again if debit.answer is None else None
             cohort = book.require_allowed(wanted).cohort(use)
             _require_room(book, cohort, mechanism, limits)
             return wanted
@@ -308,6 +314,22 @@ class Ledger:
 
     def _append(self, decide: Callable[[Book], Event | None]) -> None:
         """Decide on the newest state and write, with nobody else in between."""
+        with self._turn:
+            self._tell()
+            self._write(decide)
+            self._tell()
+
+    def _tell(self) -> None:
+        """Have the witness record what it could not before: nothing goes on without."""
+        while self._untold:
+            self._read_on()
+            row = self._untold[0]
+            if row in self._rows[row.n - 1 : row.n]:  # its commit was not cut short
+                self._witness.record(row)
+            self._untold.pop(0)
+
+    def _write(self, decide: Callable[[Book], Event | None]) -> None:
+        """One transaction."""
         with _connected(self._path) as database:
             database.execute("BEGIN IMMEDIATE")
             self._read_on(database)
@@ -317,9 +339,9 @@ class Ledger:
                 return
             row = next_row(len(self._rows) + 1, self._head, self._now(), event)
             insert(database, row)
+            self._untold.append(row)
             database.execute("COMMIT")
         self._take(row)
-        self._witness.record(row)
 
     def _read_on(self, database: sqlite3.Connection | None = None) -> None:
         """Read the rows that are new, and that the last known one is still there."""
@@ -436,12 +458,11 @@ def _filter(book: Book, limits: Limits) -> PrivacyFilter:
 def _require_room_for_all(book: Book, event: Registered, limits: Limits) -> None:
     """Refuse a study that some patient could not see through to its end."""
     rule = _filter(book, limits)
+    sums = _Sums(book, rule, without=event.study)
     short = 0
     for use, cohort in (("train", event.train), ("val", event.val)):
         cost = rule.cost(each.mechanism for each in event.schedule if each.use == use)
-        for patient in cohort:
-            spent = rule.cost(book.charges(patient))
-            short += not rule.room(spent + rule.cost(book.promised(patient, event.study)), cost)
+        short += sum(not rule.room(sums.spent(p) + sums.promised(p), cost) for p in cohort)
     if short:
         raise PrivacyError(
             f"{short} of the {len(event.train) + len(event.val)} patients have too little of their "
@@ -455,13 +476,38 @@ def _require_room(
 ) -> None:
     """Stop where somebody's sum would leave the filter's budget."""
     rule = _filter(book, limits)
+    sums = _Sums(book, rule)
     short = 0
     for patient in book.people(cohort):
         records = max(1, len(book.known_ids(patient) & cohort))
         cost = rule.cost([mechanism.of_records(records)])
-        short += not rule.room(rule.cost(book.charges(patient)), cost)
+        short += not rule.room(sums.spent(patient), cost)
     if short:
         raise PrivacyError(
             f"{short} patients have no budget left for this (in all, epsilon "
             f"{limits.total_epsilon:g} at delta {limits.total_delta:g}): no training"
         )
+
+
+class _Sums:
+    """Sums of Renyi divergences, computed once for all patients who share a history."""
+
+    def __init__(self, book: Book, rule: PrivacyFilter, without: str = "") -> None:
+        self._book, self._rule, self._without = book, rule, without
+        self._spent: dict[History, float] = {}
+        self._promised: dict[History, float] = {}
+
+    def spent(self, patient: Patient) -> float:
+        """What a patient was charged."""
+        history = self._book.history(patient)
+        if history not in self._spent:
+            self._spent[history] = self._rule.cost(self._book.charges(patient))
+        return self._spent[history]
+
+    def promised(self, patient: Patient) -> float:
+        """What open studies may still charge a patient."""
+        history = self._book.history(patient)
+        if history not in self._promised:
+            work = self._book.promised(patient, self._without)
+            self._promised[history] = self._rule.cost(work)
+        return self._promised[history]

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from fedseg.chain import Chain, Fact, verify_chain
 from fedseg.errors import TrustError
-from fedseg.privacy.ledger.entries import Answered, Recovered, Reserved, Row
+from fedseg.privacy.ledger.entries import Answered, Recovered, Reserved, Retried, Row
 from fedseg.security.keys import SigningKey
 
 ROW, RESTORED = "ledger_row", "ledger_restored"
@@ -80,7 +80,7 @@ class AuditWitness:
     def record(self, row: Row, *, restored: bool = False) -> None:
         """Append the row's number and hash to the audit, with the debit if it is one."""
         facts: dict[str, Fact] = {"row": row.n, "hash": row.hash, "what": row.event.kind}
-        if isinstance(row.event, Reserved | Recovered):
+        if isinstance(row.event, Reserved | Retried | Recovered):
             done = row.event.mechanism
             facts |= {
                 "reservation": row.event.reservation,
