@@ -1,1 +1,1 @@
-"""Differential privacy with the patient as the unit: noise, what it costs, and the hospital's ledger."""
+"""Differential privacy with the patient as the unit: noise, its cost, and the hospital's ledger."""

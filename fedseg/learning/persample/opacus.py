@@ -17,7 +17,7 @@ REGISTERED = (*(kind for kind, rule in RULES.items() if rule is convolution), nn
 
 def register_grad_samplers() -> None:
     """Make Opacus use our rules; needs the package opacus."""
-    from opacus.grad_sample import (  # type: ignore[import-untyped]
+    from opacus.grad_sample import (
         register_grad_sampler,
     )
 
