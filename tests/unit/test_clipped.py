@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_networks import PATIENTS, alone, batch, layers, loss, unet
 from torch import Tensor, nn
 
 from fedseg.errors import PlanError
@@ -16,7 +17,6 @@ from fedseg.learning.persample.clip import STABILISER, shares
 from fedseg.learning.persample.clipped import ClippedSum, clipped_sum, merge, zero_sum
 from fedseg.learning.persample.gradients import Method, gradients, pieces, work_of
 from fedseg.learning.persample.memory import choose, saved_bytes
-from tests.small_networks import PATIENTS, alone, batch, layers, loss, unet
 
 
 @pytest.fixture(autouse=True)

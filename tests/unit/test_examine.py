@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from small_networks import PATIENTS, batch, layers, loss, unet
 from torch import Tensor, nn
 
 from fedseg.errors import PlanError
 from fedseg.learning.losses import dice_ce_per_patient
 from fedseg.learning.persample.clipped import clipped_sum
 from fedseg.learning.persample.examine import examine
-from tests.small_networks import PATIENTS, batch, layers, loss, unet
 
 
 @pytest.fixture(autouse=True)

@@ -6,12 +6,12 @@ from copy import deepcopy
 
 import pytest
 import torch
+from small_networks import PATIENTS, alone, batch, distance, layers, loss, unet
 from torch import nn
 
 from fedseg.learning.persample.gradients import gradients, work_of
 from fedseg.learning.persample.rules import UnsupportedLayerError
 from fedseg.learning.persample.watch import remarks_on
-from tests.small_networks import PATIENTS, alone, batch, distance, layers, loss, unet
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding")
 KINDS = sorted(layers())
