@@ -141,6 +141,7 @@ def _deployment(out: Path, rounds: int, *, large: bool) -> Deployment:
     }
     if large:
         value["task"] = {**PLAN["task"], "patch_size": [32, 32, 32]}
+        value["training"] = {**PLAN["training"], "schedule": {"warmup_rounds": 0}}
     if not (out / "study.yaml").exists():
         out.mkdir(parents=True, exist_ok=True)
         write_plan_file(out / "study.yaml", value)
