@@ -320,7 +320,7 @@ def _closed(progress: Progress) -> int:
 def _conclude(faults: Faults, done: list[Done]) -> dict[str, Any]:
     """Finish the study and check that nothing was lost and nothing counted twice."""
     deployment, plan = faults.deployment, faults.plan
-    deployment.wait(lambda progress: progress.finished, PATIENCE_S, lambda _: None)
+    deployment.wait(lambda progress: progress.finished, 3600, lambda _: None)
     deployment.stop_all()
     digests = {s: load_model(deployment.site(s).model(plan.study))[0].model_digest for s in SITES}
     options = Options(initial=load_initial(deployment.plan_file))
