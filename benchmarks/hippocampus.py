@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from coordinator.rounds.events import Event, StageClosed
-from fedseg.container import write_atomically
+from fedseg.durable import write_atomically
 from fedseg.imaging.cases import Case, Manifest
 from fedseg.imaging.manifests import read_manifest
 from fedseg.models.zoo import initial_model

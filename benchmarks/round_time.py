@@ -5,8 +5,9 @@
 A real federation on this machine (coordinator, proxy, three sites; TLS, node authentication, sealed
 tasks) runs a study whose training is two steps on patches of 16 voxels a side. Afterwards the same
 SuperLink and SuperNodes run a bare Flower app that echoes a few bytes: the floor. Both are warm:
-the first stage of each is left out. The clocks of all processes are one, so the audit logs of both
-sides, to the second, tell where a stage's time goes. `--large` runs one round of a model of 120 MB
+the first stage of each is left out. At the end one site's relay is started five times alone. The
+clocks of all processes are one, so the audit logs of both sides, to the second, tell where a
+stage's time goes. `--large` runs one round of a model of 120 MB
 instead; both give each kind of process's peak memory (VmHWM, MB of 10**6 bytes).
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,8 +35,10 @@ from tiny_studies import PLAN
 from fedseg.chain import read_chain
 from fedseg.commands.federation import write_plan_file
 from fedseg.imaging.phantoms import write_phantoms
+from fedseg.quiet import QUIET
 from fedseg.simulation.deployment import Deployment, descendants
 from fedseg.simulation.hospitals import divide
+from sites.relay import relay_of, what_it_says
 
 SITES = 3
 LARGE = {"options": {"channels": [64, 128, 256, 512, 1024], "residual_units": 0}}
@@ -113,6 +117,7 @@ def main() -> None:
         last = deployment.wait(lambda p: p.finished, 3600, lambda _: None)
         closed = [(s.round, s.stage, s.timing.wall_s) for s in last.stages]
         bare = [] if arguments.large else _bare(deployment, arguments.rounds)
+        relay = [] if arguments.large else _relay_starts(deployment)
     finally:
         deployment.stop_all()
     cold = 0 if arguments.large else 1
@@ -127,6 +132,7 @@ def main() -> None:
     if bare:
         found["bare_flower_s"] = _spread(bare[1:])
         found["train_over_bare"] = round(median(train) / median(bare[1:]), 3)
+        found["relay_start_s"] = _spread(relay)
     print(json.dumps(found, indent=1))
 
 
@@ -158,8 +164,7 @@ def _bare(deployment: Deployment, rounds: int) -> list[float]:
     environment = {
         **os.environ,
         "FLWR_HOME": str(deployment.coordinator.flower),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        **QUIET,
     }
     command = [Path(sys.executable).with_name("flwr"), "run", app, "-c"]
     settings = f'note="{note}" rounds={rounds}'
@@ -172,6 +177,33 @@ def _bare(deployment: Deployment, rounds: int) -> list[float]:
                 return list(seconds)
         time.sleep(1)
     raise TimeoutError("the bare app did not finish")
+
+
+def _relay_starts(deployment: Deployment, times: int = 5) -> list[float]:
+    """Seconds from the start of one site's relay until it is on line; its daemon stands still."""
+    name = next(iter(deployment.data))
+    deployment.stop(name)
+    relay = relay_of(deployment.site(name), deployment.plan.study)
+    seconds = []
+    for number in range(times):
+        log = deployment.folder / f"relay-start-{number}.log"
+        with log.open("wb") as stream:
+            started = time.monotonic()
+            process = subprocess.Popen(
+                relay.command, env=dict(relay.environment), stdout=stream, stderr=stream
+            )
+        while what_it_says(log.read_text()) != "on line":
+            if process.poll() is not None or time.monotonic() - started > 120:
+                raise TimeoutError(f"the relay did not come on line: {log.read_text()[-500:]}")
+            time.sleep(0.01)
+        seconds.append(time.monotonic() - started)
+        rest = descendants(process.pid)
+        for pid in (process.pid, *rest):
+            os.kill(pid, signal.SIGTERM)
+        process.wait(30)
+        while any(Path(f"/proc/{pid}").exists() for pid in rest):
+            time.sleep(0.1)
+    return seconds
 
 
 def _breakdown(deployment: Deployment) -> dict[str, float]:

@@ -22,7 +22,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedseg.container import write_atomically
+from fedseg.durable import write_atomically
 from fedseg.errors import StorageError, TrustError
 from fedseg.plan import Digest, Frozen
 from fedseg.security.documents import (

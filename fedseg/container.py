@@ -10,13 +10,9 @@ a file is written from the arrays themselves.
 from __future__ import annotations
 
 import json
-import os
 import struct
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from math import prod
-from mmap import mmap
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,7 +20,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from fedseg.arrays import Arrays
-from fedseg.errors import StorageError, TrustError
+from fedseg.durable import Buffer
+from fedseg.errors import TrustError, printable
 from fedseg.plan import TensorSpec
 
 Header = TypeVar("Header", bound=BaseModel)
@@ -36,8 +33,6 @@ _DTYPES = {"I64": "int64", "F64": "float64", "F32": "float32", "F16": "float16",
 # By kind and width, such as "f4": a numpy dtype's name takes twenty times as long to ask for.
 _PLACES = {np.dtype(dtype).str[1:]: place for place, dtype in enumerate(_DTYPES.values())}
 _CODES = dict(zip(_PLACES, _DTYPES, strict=True))
-
-Buffer = bytes | bytearray | memoryview | mmap
 
 
 def pack(header: BaseModel, arrays: Arrays | None = None) -> bytes:
@@ -116,38 +111,6 @@ def unpack(
     return header, _views(data, layout)
 
 
-def write_atomically(path: Path, data: bytes | Iterable[Buffer], mode: int = 0o644) -> None:
-    """Replace a file in one step: after a crash the old or the new bytes are there, never a part.
-
-    Args:
-        data: the bytes, whole or piece by piece as `packed` gives them.
-
-    Raises:
-        StorageError: the disk is full or the place cannot be written; the old file is untouched.
-    """
-    draft = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-        with os.fdopen(descriptor, "wb") as file:
-            file.writelines([data] if isinstance(data, bytes) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        with suppress(OSError):
-            draft.unlink()
-        raise StorageError(
-            f"cannot write {path.name}: {error.strerror}; the file before it is untouched, "
-            "make room or mend the rights, then start again (a simulation with --resume)"
-        ) from error
-
-
 def _open_header(
     data: Buffer,
     header_type: type[Header],
@@ -167,7 +130,8 @@ def _open_header(
         first = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(str(part) for part in first["loc"])
         raise TrustError(
-            f"the header is no {header_type.__name__}: {_short(field)}: {_short(first['msg'])}"
+            f"the header is no {header_type.__name__}: {printable(field)}: "
+            f"{printable(first['msg'])}"
         ) from None
 
 
@@ -231,7 +195,7 @@ def _check_schema(layout: dict[str, Any], schema: Sequence[TensorSpec]) -> None:
         odd = sorted(layout.keys() ^ expected.keys())
         raise TrustError(
             f"the plan's model has {len(expected)} tensors, the message {len(layout)}; "
-            f"{len(odd)} names differ, the first is '{_short(odd[0])}'"
+            f"{len(odd)} names differ, the first is '{printable(odd[0])}'"
         )
     for name, spec in expected.items():
         entry = layout[name] if isinstance(layout[name], dict) else {}
@@ -239,15 +203,10 @@ def _check_schema(layout: dict[str, Any], schema: Sequence[TensorSpec]) -> None:
         if shape != list(spec.shape) or dtype != spec.dtype:
             raise TrustError(
                 f"tensor {name!r} should be {spec.dtype} {list(spec.shape)}, "
-                f"but {dtype} {_short(shape)} came"
+                f"but {dtype} {printable(shape)} came"
             )
 
 
 def _refuse_constant(name: str) -> None:
     """NaN and Infinity, which Python reads although JSON has neither."""
     raise ValueError(f"{name} is not JSON")
-
-
-def _short(untrusted: object) -> str:
-    """Text of the sender's choice, cut and in printable ASCII, so that any log can hold it."""
-    return ascii(str(untrusted))[1:-1][:80]

@@ -7,6 +7,11 @@ a path of patient data, a header or a voxel: errors travel further than data may
 from __future__ import annotations
 
 
+def printable(untrusted: object) -> str:
+    """Text of somebody else's choice, cut and in printable ASCII, so that any log can hold it."""
+    return ascii(str(untrusted))[1:-1][:80]
+
+
 class FedsegError(Exception):
     """Base of every error that a user of fedseg is meant to read."""
 

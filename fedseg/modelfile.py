@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from pydantic import model_validator
 
 from fedseg.arrays import Arrays, digest_of
-from fedseg.container import packed, unpack, write_atomically
+from fedseg.container import packed, unpack
+from fedseg.durable import write_atomically
 from fedseg.errors import DataError, TrustError
 from fedseg.plan import Digest, Frozen, StudyPlan
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from fedseg.container import write_atomically
+from fedseg.durable import write_atomically
 from fedseg.errors import DataError
 from fedseg.initial import initial_path, load_initial
 from fedseg.modelfile import save_model

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from pydantic import Field, FiniteFloat
 
 from fedseg.arrays import Arrays, digest_of
-from fedseg.container import Buffer, pack, peek, unpack
+from fedseg.container import pack, peek, unpack
+from fedseg.durable import Buffer
 from fedseg.errors import TrustError
 from fedseg.plan import Digest, Frozen, Name, SiteName, StudyPlan, TensorSpec
 from fedseg.security.identity import SignedRoll

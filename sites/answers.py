@@ -11,16 +11,15 @@ backup may go back to, sealed ones for the last few.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedRandom
 from pathlib import Path
 from typing import get_args
 
-from fedseg.container import write_atomically
+from fedseg.durable import make_folder, whole, write_atomically
 from fedseg.errors import StorageError, TrustError
 from fedseg.updates import StageName
 
@@ -93,7 +92,7 @@ class Answers:
         """
         if len(list((self._folder / slot.name).glob(f"{about}.*.sealed"))) >= MOST_KEYS:
             raise TrustError(f"an answer of round {slot.round} is asked for under ever new keys")
-        with _whole(self._path(slot, f"{about}.{_short(reply_to)}", "sealed")) as file:
+        with _stored(self._path(slot, f"{about}.{_short(reply_to)}", "sealed")) as file:
             yield file
 
     def plain(self, slot: Slot, about: str) -> bytes | None:
@@ -148,23 +147,11 @@ def _short(reply_to: str) -> str:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[BufferedRandom]:
+def _stored(path: Path) -> Iterator[BufferedRandom]:
     """Write a seekable file that is there whole, and safe from a power cut, or not at all."""
-    draft = path.with_name(path.name + ".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with os.fdopen(os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), "w+b") as file:
+        make_folder(path.parent, mode=0o700)
+        with whole(path) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
     except OSError as error:
         raise StorageError(f"an answer cannot be stored: {error.strerror}; make room") from error
-    finally:
-        with suppress(OSError):
-            draft.unlink()

@@ -7,13 +7,14 @@ from datetime import UTC, datetime
 
 from fedseg.chain import Chain, Entry, Fact
 from fedseg.errors import DataError
+from fedseg.security.documents import stamp
 from fedseg.security.keys import SigningKey
 from sites.folder import SiteFolder, as_owner_of
 
 
 def utc_now() -> str:
     """ISO 8601 in UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return stamp(datetime.now(UTC))
 
 
 def record(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fedseg.errors import RoundError, TrustError
+from sites.socketpath import socket_address
 
 PATIENCE_S = 900.0
 ANSWER_S = 24 * 3600.0
@@ -147,7 +148,8 @@ class _UnixConnection(http.client.HTTPConnection):
         """Open the socket."""
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(CONNECT_S)
-        self.sock.connect(self._path)
+        with socket_address(Path(self._path)) as address:
+            self.sock.connect(address)
         self.sock.settimeout(self.timeout)
 
 

@@ -20,6 +20,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from fedseg.errors import DataError, FedsegError, RoundError, StorageError
+from fedseg.security.documents import stamp
 from fedseg.security.keys import is_encrypted
 from fedseg.shell import PASSPHRASE_FILE
 from fedseg.sole import sole
@@ -37,6 +38,7 @@ TRAINER = "trainer"
 TURN_S, LOOK_S, STATUS_S = 0.1, 1.0, 5.0
 GRACE_S = 10.0
 TAIL_BYTES = 16 * 1024
+LONGEST_WORDS = 300
 HELD_S = 90.0
 NOT_FOR_A_TRAINER = ("proxy", "FLWR_")
 SENTENCES: Mapping[Word, str] = {
@@ -179,18 +181,26 @@ class Daemon:
             return REFUSED_LONG if long else SENTENCES["refused"]
         return SENTENCES[word]
 
+    def _why_it_ended(self) -> str:
+        """The trainer's last words; those of a traceback may name a patient's file."""
+        tail = _tail(self._folder.trainer_log)
+        words = tail.strip().rpartition("\n")[2]
+        if not words or "Traceback" in tail:
+            words = f"{self._folder.trainer_log.name} says why"
+        return f"ended, is started again: {words[:LONGEST_WORDS]}"
+
     def _write_status(self) -> None:
         """Write status.json when something changed, and now and then."""
         if time.monotonic() - self._wrote < LOOK_S:
             return
         states = self._supervisor.states()
         trainer = states.get(TRAINER, State())
-        said = "ready" if trainer.ready else "starting" if trainer.pid else "ended; started again"
+        said = "ready" if trainer.ready else "starting" if trainer.pid else self._why_it_ended()
         found = SiteStatus(
             site=self._site,
             pid=os.getpid(),
-            started=_text(self._started),
-            written=_text(self._now()),
+            started=stamp(self._started),
+            written=stamp(self._now()),
             closed=self._closed,
             trainer=self._part(said, trainer),
             studies={
@@ -211,7 +221,7 @@ class Daemon:
         """One process in status.json."""
         since = None
         if state.pid is not None:
-            since = _text(self._now() - timedelta(seconds=time.monotonic() - state.since))
+            since = stamp(self._now() - timedelta(seconds=time.monotonic() - state.since))
         return Part(state=said, since=since, restarts=state.restarts, pid=state.pid)
 
     def _tell(self, happening: Happening) -> None:
@@ -223,6 +233,8 @@ class Daemon:
                 log.write(f"fedseg: {BEGINS}\n")
         if happening.kind == "ended" and not happening.expected:
             level = logging.WARNING
+            if happening.program == TRAINER and happening.status == 1:
+                detail = f"the trainer {self._why_it_ended()}"
             if study != happening.program and self._word(study) in {"refused", "certificate"}:
                 detail = f"the relay of {study} ended: {self._sentence(study)}"
         fields = {"program": happening.program, "pid": happening.pid, "status": happening.status}
@@ -282,8 +294,3 @@ def _lasting(found: SiteStatus) -> SiteStatus:
     parts = {name: part.model_copy(update={"since": None}) for name, part in found.studies.items()}
     trainer = found.trainer.model_copy(update={"since": None})
     return found.model_copy(update={"written": "", "trainer": trainer, "studies": parts})
-
-
-def _text(moment: datetime) -> str:
-    """A time as status.json writes it."""
-    return moment.isoformat(timespec="seconds")

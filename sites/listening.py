@@ -38,11 +38,11 @@ from sites.gate import Gate, Keys, make_trainer
 from sites.keyring import own_identity
 from sites.policy import load_policy, open_at
 from sites.service import Desk, make_service
+from sites.socketpath import socket_address
 
 logger = logging.getLogger(__name__)
 
 OWNER_ONLY, WITH_GROUP = 0o600, 0o660
-LONGEST_SOCKET_PATH = 107
 WATCH_S = 2.0
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
@@ -168,11 +168,6 @@ def opened_place(folder: SiteFolder, place: Place) -> Iterator[tuple[socket.sock
             yield listener, _token(folder.token, group)
         return
     path = Path(where)
-    if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
-        raise DataError(
-            f"the socket's path is longer than {LONGEST_SOCKET_PATH} bytes, which the system does "
-            "not allow: use a folder with a shorter path"
-        )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         try:
             if (
@@ -181,7 +176,8 @@ def opened_place(folder: SiteFolder, place: Place) -> Iterator[tuple[socket.sock
                 path.unlink()
             before = os.umask(0o177)
             try:
-                listener.bind(str(path))
+                with socket_address(path) as address:
+                    listener.bind(address)
             finally:
                 os.umask(before)
             _share(path, group)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedseg.errors import DataError
+from fedseg.quiet import QUIET
 from sites.folder import Link, SiteFolder
 
 PASSES = (
@@ -36,12 +37,7 @@ PASSES = (
 )
 NO_PROXY = ("NO_PROXY", "no_proxy")
 OURSELVES = "127.0.0.1,localhost,::1"
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
-}
+POLLS = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}
 SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"
 
 Word = Literal["starting", "on line", "unreachable", "refused", "certificate"]
@@ -118,6 +114,7 @@ def _environment(folder: SiteFolder, study: str, outside: Mapping[str, str]) -> 
         **passed,
         **dict.fromkeys(NO_PROXY, spared),
         **QUIET,
+        **POLLS,
         "FLWR_HOME": home,
         "HOME": home,
         "PATH": f"{sysconfig.get_path('scripts')}:{SYSTEM_PATH}",

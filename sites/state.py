@@ -14,7 +14,8 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from fedseg.arrays import Arrays
-from fedseg.container import packed, unpack, write_atomically
+from fedseg.container import packed, unpack
+from fedseg.durable import write_atomically
 from fedseg.errors import RoundError, TrustError
 from fedseg.plan import Frozen, StudyPlan
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fedseg.arrays import Arrays, digest_of
-from fedseg.container import Buffer
+from fedseg.durable import Buffer
 from fedseg.errors import DataError, FedsegError, NotFiniteError, PlanError, TrustError
 from fedseg.evaluation.evaluate import evaluate_cohort
 from fedseg.imaging.cache import CaseCache

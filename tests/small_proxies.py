@@ -13,7 +13,7 @@ from pathlib import Path
 
 from coordinator.folder import Settings, StudyFolder
 from coordinator.running.proxy import find_nginx, proxy_command, proxy_environment, write_proxy
-from fedseg.container import write_atomically
+from fedseg.durable import write_atomically
 from fedseg.security.certificates import make_ca, make_server_certificate
 from fedseg.supervision import Program, Supervisor
 

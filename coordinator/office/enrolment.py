@@ -24,7 +24,7 @@ from coordinator.office.audit import rolls_named
 from coordinator.office.founding import MAX_PEM_BYTES, ROLL_DAYS, certify, study_fingerprint
 from coordinator.office.registry import registry_of
 from fedseg.chain import Chain, Entry, Fact, verify_chain
-from fedseg.container import write_atomically
+from fedseg.durable import write_atomically
 from fedseg.errors import DataError, TrustError
 from fedseg.security.documents import stamp
 from fedseg.security.identity import (

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 
 from coordinator.folder import StudyFolder, read_part
 from coordinator.office.founding import MAX_PEM_BYTES
 from coordinator.office.registry import current_roll
-from fedseg.security.certificates import expiry
+from fedseg.security.certificates import EXPIRY_NOTICE, expiry
 
-AHEAD = timedelta(days=30)
 _RENEW = "run `fedseg-coordinator renew`"
 _NEW_AUTHORITY = "the study has to be founded anew, and every site has to join again"
 
@@ -32,7 +31,7 @@ def warnings(folder: StudyFolder, now: datetime) -> tuple[str, ...]:
         ("the consortium's certificate authority", _end_of(folder.ca_certificate), _NEW_AUTHORITY),
     )
     return tuple(
-        _warning(what, end, now, remedy) for what, end, remedy in ends if end - now < AHEAD
+        _warning(what, end, now, remedy) for what, end, remedy in ends if end - now < EXPIRY_NOTICE
     )
 
 

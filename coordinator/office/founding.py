@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from coordinator.folder import Settings, StudyFolder, read_part
 from coordinator.office.key import public_text
 from fedseg.chain import Chain
-from fedseg.container import write_atomically
+from fedseg.durable import write_atomically
 from fedseg.errors import DataError, PlanError
 from fedseg.initial import initial_path, load_initial
 from fedseg.modelfile import save_model

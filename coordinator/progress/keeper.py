@@ -36,10 +36,11 @@ from coordinator.rounds.events import (
 )
 from fedseg.aggregation.rounds import StudyState
 from fedseg.arrays import digest_of
-from fedseg.container import write_atomically
+from fedseg.durable import write_atomically
 from fedseg.errors import StorageError, TrustError
 from fedseg.plan import StudyPlan
 from fedseg.result import SiteAnswer, SiteFailure, StageRecord
+from fedseg.security.documents import stamp
 
 logger = logging.getLogger(__name__)
 
@@ -256,7 +257,7 @@ class ProgressKeeper:
 
     def _time(self) -> str:
         """Now, as the document writes it."""
-        return self._now().astimezone(UTC).isoformat(timespec="seconds")
+        return stamp(self._now())
 
     def _write(self) -> None:
         """Replace the file. The study does not depend on it, so a full disk is only logged."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from fedseg.aggregation.rounds import Position
-from fedseg.container import Buffer
+from fedseg.durable import Buffer
 from fedseg.security.identity import SignedRoll
 
 

@@ -17,7 +17,7 @@ from coordinator.rounds.roster import Roster
 from fedseg.aggregation.accumulate import MeanAccumulator
 from fedseg.aggregation.rounds import Outcome, Position, weight_of
 from fedseg.carriage import unwrap
-from fedseg.container import Buffer
+from fedseg.durable import Buffer
 from fedseg.errors import RoundError, TrustError
 from fedseg.plan import StudyPlan
 from fedseg.result import SiteAnswer, SiteFailure

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from coordinator.folder import StudyFolder
 from coordinator.office.expiry import warnings
 from coordinator.progress.document import Progress, load_progress
-from fedseg.container import write_atomically
+from fedseg.durable import write_atomically
 from fedseg.errors import DataError, RoundError
 from fedseg.plan import Frozen
 from fedseg.sole import holder

@@ -30,7 +30,7 @@ from coordinator.running.superlink import (
     superlink_environment,
     write_flower,
 )
-from fedseg.container import write_atomically
+from fedseg.durable import write_atomically
 from fedseg.errors import FedsegError, StorageError
 from fedseg.logs import FIELDS
 from fedseg.security.keys import SigningKey

@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 
 from coordinator.folder import Settings, StudyFolder
-from fedseg.container import write_atomically
+from fedseg.durable import write_atomically
 from fedseg.errors import FedsegError
 from fedseg.supervision import complete
 

@@ -46,18 +46,15 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
 from coordinator.app import STUDY_VARIABLE
 from coordinator.folder import Settings, StudyFolder
-from fedseg.container import write_atomically
+from fedseg.durable import write_atomically
 from fedseg.errors import FedsegError
+from fedseg.quiet import QUIET
+from fedseg.security.documents import stamp
 from fedseg.security.identity import Roll
 from fedseg.shell import PASSPHRASE_FILE
 
 HOST = "127.0.0.1"
 CONNECTION = "study"
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-}
 _PASSED_ON = ("PATH", "HOME", "TMPDIR", "LANG", "TZ", "COVERAGE_PROCESS_START", PASSPHRASE_FILE)
 _POLL_S = "0.1"
 _APP = """\
@@ -264,4 +261,4 @@ def _last_seen(info: NodeInfo) -> str:
     if not info.online_until:
         return ""
     moment = info.online_until - HEARTBEAT_PATIENCE * info.heartbeat_interval
-    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds")
+    return stamp(datetime.fromtimestamp(moment, UTC))

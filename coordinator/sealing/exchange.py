@@ -16,7 +16,7 @@ from pathlib import Path
 from coordinator.office.registry import Registry
 from coordinator.sealing.outbox import Outbox
 from fedseg.aggregation.rounds import Position
-from fedseg.container import Buffer
+from fedseg.durable import Buffer
 from fedseg.errors import RoundError, TrustError
 from fedseg.plan import StudyPlan
 from fedseg.security.envelope import EnvelopeHeader, open_envelope, read_header, seal_envelope

@@ -11,11 +11,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from fedseg.aggregation.rounds import Position
+from fedseg.durable import make_folder, sync_folder, whole
 from fedseg.errors import StorageError, TrustError
 from fedseg.security.envelope import EnvelopeHeader, read_header
 from fedseg.security.keys import ReceivingKey, load_receiving_key, save_key
@@ -68,20 +69,11 @@ class Outbox:
         Raises:
             StorageError: the disk is full or the place cannot be written.
         """
-        path = self.task(position)
-        draft = path.with_name(path.name + ".part")
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(descriptor, "w+b") as file:
+            make_folder(self._folder, mode=0o700)
+            with whole(self.task(position)) as file:
                 yield file
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-            self._sync()
         except OSError as error:
-            with suppress(OSError):
-                draft.unlink()
             raise StorageError(
                 f"the task cannot be stored ({error.strerror}), so it was not sent: make room and "
                 "start the coordinator again"
@@ -105,15 +97,7 @@ class Outbox:
                 _overwrite(path)
             path.unlink(missing_ok=True)
         if paths:
-            self._sync()
-
-    def _sync(self) -> None:
-        """Make names durable."""
-        descriptor = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            sync_folder(self._folder)
 
 
 def _stage(position: Position) -> str:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from fedseg.aggregation.rounds import Position, StudyState
 from fedseg.aggregation.server import Model, ServerState
 from fedseg.arrays import digest_of
-from fedseg.container import packed, unpack, write_atomically
+from fedseg.container import packed, unpack
+from fedseg.durable import write_atomically
 from fedseg.errors import RoundError, TrustError
 from fedseg.plan import Digest, Frozen, StudyPlan
 from fedseg.result import StageRecord

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from fedseg.container import write_atomically
+from fedseg.durable import write_atomically
 from fedseg.errors import RoundError
 from fedseg.plan import StudyPlan, load_plan, parse_plan
 from fedseg.planfile import build, example, initial_path

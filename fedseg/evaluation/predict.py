@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from fedseg.container import write_atomically
+from fedseg.durable import write_atomically
 from fedseg.errors import DataError
 from fedseg.evaluation.inference import predict_mask
 from fedseg.imaging.readers import read_image

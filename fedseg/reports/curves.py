@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedseg.container import write_atomically
+from fedseg.durable import write_atomically
 from fedseg.errors import MissingExtraError
 from fedseg.result import SiteAnswer, StageRecord, StudyResult, mean_of
 

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from fedseg.container import write_atomically
+from fedseg.durable import write_atomically
 from fedseg.plan import Metric
 from fedseg.reports import findings, traffic
 from fedseg.reports.charts import Curve, curve_chart, dice_chart

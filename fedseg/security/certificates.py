@@ -30,6 +30,7 @@ from fedseg.security.secretfile import lock, unlock
 
 CA_DAYS = 3650
 SERVER_DAYS = 397
+EXPIRY_NOTICE = timedelta(days=30)  # how long before the end people are told
 _BACKDATED = timedelta(hours=1)  # clocks of hospitals are not all right
 _HOST = re.compile(r"^(?!-)[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*$")
 

@@ -16,7 +16,7 @@ from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError
 
-from fedseg.errors import TrustError
+from fedseg.errors import TrustError, printable
 from fedseg.plan import Frozen
 
 Document = TypeVar("Document", bound=Frozen)
@@ -71,7 +71,7 @@ def open_document(data: bytes, kind: type[Document], *, max_bytes: int, what: st
         first = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "JSON"
         raise TrustError(
-            f"{what} is not what was expected: {_short(field)}: {_short(first['msg'])}; "
+            f"{what} is not what was expected: {printable(field)}: {printable(first['msg'])}; "
             "ask for it again"
         ) from None
     except (ValueError, RecursionError):
@@ -105,8 +105,3 @@ def from_text(text: str, size: int | None, what: str) -> bytes:
     if to_text(data) != text or (size is not None and len(data) != size):
         raise TrustError(f"{what} has {len(data)} bytes or an odd spelling, not {size} bytes")
     return data
-
-
-def _short(untrusted: object) -> str:
-    """Text of the sender's choice, cut and in printable ASCII, so that any log can hold it."""
-    return ascii(str(untrusted))[1:-1][:80]

@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from pydantic import Field
 
+from fedseg.durable import make_folder, sync_folder
 from fedseg.errors import DataError, StorageError, TrustError
 from fedseg.plan import Frozen
 from fedseg.security.documents import open_document
@@ -94,7 +95,7 @@ def write_secret(path: Path, secret: bytes, *, replace: bool = False) -> None:
     """
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(path.parent, mode=0o700)
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, OWNER_ONLY)
         with os.fdopen(descriptor, "wb") as file:
             file.write(secret)
@@ -104,7 +105,7 @@ def write_secret(path: Path, secret: bytes, *, replace: bool = False) -> None:
             draft.replace(path)
         else:
             _name(draft, path)
-        _sync(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise StorageError(f"cannot write {path.name}: {error.strerror}") from error
     finally:
@@ -152,12 +153,3 @@ def _name(draft: Path, path: Path) -> None:
             f"{path.name} is there already and is not overwritten: keys cannot be made again; "
             "move it away if it is no longer needed"
         ) from None
-
-
-def _sync(folder: Path) -> None:
-    """Make a new name in a folder last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -28,6 +28,7 @@ from fedseg.aggregation.server import Model
 from fedseg.errors import DataError, MissingExtraError, PlanError, RoundError
 from fedseg.imaging.cases import Cohort
 from fedseg.plan import StudyPlan
+from fedseg.quiet import QUIET
 from fedseg.result import StageRecord
 from fedseg.simulation.inprocess import InProcessGrid
 from fedseg.simulation.rehearsal import Fault, Handle, with_faults
@@ -41,8 +42,7 @@ CHECKPOINT = "checkpoint.safetensors"
 _PARTITION = "partition-id"
 _LOOPBACK = "127.0.0.1"
 _QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    **QUIET,
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: Ray takes 127.0.0.1 for its node

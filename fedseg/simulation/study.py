@@ -23,7 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from coordinator.rounds.events import Event
 from fedseg.arrays import digest_of
-from fedseg.container import write_atomically
+from fedseg.durable import write_atomically
 from fedseg.errors import DataError, MissingExtraError, PlanError, RoundError
 from fedseg.imaging.cases import Cohort, Manifest
 from fedseg.imaging.cohorts import usable_cohorts

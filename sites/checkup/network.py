@@ -20,12 +20,11 @@ from pathlib import Path
 from cryptography import x509
 
 from fedseg.errors import TrustError
-from fedseg.security.certificates import check_issued, expiry, hosts_of
+from fedseg.security.certificates import EXPIRY_NOTICE, check_issued, expiry, hosts_of
 from sites.checkup.proxies import ProxyRefusedError, WebProxy, proxy_for
 from sites.checkup.verdict import Verdict, fail, plain, warn, well
 
 PATIENCE_S = 10.0
-AHEAD = timedelta(days=30)
 SKEW_NOTICED_S = 30.0
 SKEW_REFUSED_S = 240.0  # Flower takes a node's signature for 300 s
 _EXPIRED, _NOT_YET, _OTHER_NAME, _OTHER_ADDRESS = 10, 9, 62, 64
@@ -131,7 +130,7 @@ def lasting(peer: Peer, certificate: bytes | None, now: Now) -> Verdict:
         remedy = "remind the consortium: a new authority needs a new bundle at every site"
     if left <= timedelta(0):
         return fail(subject, f"{what} ended on {end:%Y-%m-%d}", remedy)
-    if left < AHEAD:
+    if left < EXPIRY_NOTICE:
         return warn(subject, f"{what} ends on {end:%Y-%m-%d}, in {left.days} days", remedy)
     return well(subject, f"{what} is the first to end, on {end:%Y-%m-%d}")
 

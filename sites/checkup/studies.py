@@ -12,11 +12,11 @@ from importlib.metadata import version
 
 from fedseg.errors import FedsegError
 from fedseg.plan import load_plan
+from fedseg.security.certificates import EXPIRY_NOTICE
 from fedseg.security.identity import Roll
 from fedseg.security.keys import VerifyKey
 from sites.approval import approved, frozen_record
 from sites.checkup.machine import size_of_files
-from sites.checkup.network import AHEAD
 from sites.checkup.verdict import Verdict, fail, warn, well
 from sites.enrolment import pinned_bundle
 from sites.folder import SiteFolder
@@ -83,7 +83,7 @@ def lasting(subject: str, found: Roll, now: Now) -> Verdict:
     remedy = "remind the consortium: `fedseg-coordinator renew`; the new list comes by itself"
     if left <= timedelta(0):
         return fail(subject, f"it ended on {found.expires:%Y-%m-%d}: nothing is trained", remedy)
-    if left < AHEAD:
+    if left < EXPIRY_NOTICE:
         return warn(subject, f"ends on {found.expires:%Y-%m-%d}, in {left.days} days", remedy)
     return well(subject, f"version {found.version}, until {found.expires:%Y-%m-%d}")
 

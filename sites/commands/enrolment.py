@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedseg.errors import DataError, FedsegError, TrustError
+from fedseg.security.certificates import EXPIRY_NOTICE
 from fedseg.shell import passphrase as ask_passphrase
 from sites.audit import utc_now
 from sites.commands.options import HERE, SiteOption, StudyArgument, open_site
@@ -27,7 +28,6 @@ Examples:
 JOIN_EPILOG = "Example:  fedseg-site join hospital_a.bundle.json --site /var/lib/fedseg"
 LEAVE_EPILOG = "Example:  fedseg-site leave lung --site /var/lib/fedseg"
 STUDIES_EPILOG = "Example:  fedseg-site studies --site /var/lib/fedseg"
-WARN_DAYS = 30
 
 
 def init(
@@ -167,7 +167,7 @@ def _summary(folder: SiteFolder, study: str) -> dict[str, Any]:
             ("list of sites", roll.expires),
             ("certificate authority", expiry(bundle.ca.encode())),
         )
-        if end - datetime.now(UTC) < timedelta(days=WARN_DAYS)
+        if end - datetime.now(UTC) < EXPIRY_NOTICE
     ]
     if situation.added:
         warnings.append(f"sites wait for your approval: {', '.join(situation.added)}")

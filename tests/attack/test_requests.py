@@ -21,7 +21,7 @@ from coordinator.office.enrolment import register, renew, revoke
 from coordinator.office.key import public_key
 from coordinator.office.registry import current_roll
 from fedseg.chain import verify_chain
-from fedseg.container import write_atomically
+from fedseg.durable import write_atomically
 from fedseg.errors import DataError, FedsegError, TrustError
 from fedseg.security.documents import stamp
 from fedseg.security.identity import make_request, open_request, sign_roll

@@ -38,7 +38,7 @@ from tiny_studies import PLAN
 from coordinator.progress.document import Progress
 from fedseg.chain import verify_chain
 from fedseg.commands.federation import write_plan_file
-from fedseg.container import write_atomically
+from fedseg.durable import write_atomically
 from fedseg.imaging.phantoms import write_phantoms
 from fedseg.modelfile import load_model
 from fedseg.plan import StudyPlan
@@ -170,6 +170,12 @@ class Faults:
             if not place.is_mount() and shutil.which("mount") and os.geteuid() == 0:
                 size = ["mount", "-t", "tmpfs", "-o", "size=64m,mode=700", "tmpfs", str(place)]
                 subprocess.run(size, check=False, capture_output=True)
+
+    def give_back(self) -> None:
+        """Take the small disks away, with what is on them: the study has been concluded."""
+        for place in self.small:
+            if place.is_mount():
+                subprocess.run(["umount", str(place)], check=False, capture_output=True)
 
     def _answers(self, site: str) -> Path:
         return self.deployment.site(site).answers(self.plan.study)
@@ -395,6 +401,7 @@ def main() -> None:
         summary = _conclude(faults, done)
     finally:
         faults.deployment.stop_all()
+    faults.give_back()
     print(_table(done))
     print(json.dumps({key: value for key, value in summary.items() if key != "faults"}))
     assert summary["same_model"], "the final model is not the simulation's"

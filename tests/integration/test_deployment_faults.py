@@ -17,7 +17,6 @@ from tiny_studies import environment
 PROGRAM = Path(__file__).with_name("faulting.py")
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_study_that_is_hurt_five_times_ends_with_the_model_of_the_simulation(
     tmp_path: Path,

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedseg.container import write_atomically
+from fedseg.durable import write_atomically
 from fedseg.imaging.cases import Cohort
 from fedseg.imaging.manifests import read_manifest
 from fedseg.models.zoo import initial_model

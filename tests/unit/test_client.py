@@ -13,6 +13,8 @@ import pytest
 
 from fedseg.errors import RoundError, TrustError
 from sites.client import MOST_LOST, PIECE, Clock, Door, ask, status
+from sites.folder import SiteFolder
+from sites.listening import Place, opened_place
 
 TASK = bytes(range(256)) * 5000
 Behaviour = Callable[[socket.socket, bytes], None]
@@ -75,6 +77,17 @@ def unix(tmp_path: Path) -> tuple[socket.socket, Door]:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(tmp_path / "s"))
     return listener, Door(f"unix:{tmp_path / 's'}")
+
+
+def test_a_trainer_in_a_folder_with_a_long_path_is_reached(tmp_path: Path) -> None:
+    place = tmp_path / ("deep" * 20) / ("deeper" * 20)
+    place.mkdir(parents=True)
+    door = Door(f"unix:{place / 'trainer.sock'}")
+    with opened_place(SiteFolder(place), Place(door.address)) as (listener, _):
+        listener.listen()
+        with trainer(listener, answer(b"an answer")):
+            assert ask(door, "tiny", TASK) == b"an answer"
+    assert not (place / "trainer.sock").exists()
 
 
 class Waiting:

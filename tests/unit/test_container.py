@@ -16,7 +16,8 @@ import pytest
 from small_plans import tiny_model
 
 from fedseg.arrays import schema_of
-from fedseg.container import MAX_HEADER_BYTES, pack, peek, unpack, write_atomically
+from fedseg.container import MAX_HEADER_BYTES, pack, peek, unpack
+from fedseg.durable import write_atomically
 from fedseg.errors import RoundError, TrustError
 from fedseg.plan import Frozen, TensorSpec
 
@@ -261,7 +262,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
 LIMITED = """
 import resource, signal, sys
 from pathlib import Path
-from fedseg.container import write_atomically
+from fedseg.durable import write_atomically
 from fedseg.errors import RoundError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from fedseg.container import pack, packed, unpack, write_atomically
+from fedseg.container import pack, packed, unpack
+from fedseg.durable import write_atomically
 from fedseg.errors import TrustError
 from fedseg.plan import Frozen
 

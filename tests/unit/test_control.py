@@ -27,7 +27,7 @@ from coordinator.running.control import (
     stop,
 )
 from fedseg.aggregation.rounds import first_state
-from fedseg.container import write_atomically
+from fedseg.durable import write_atomically
 from fedseg.errors import DataError
 from fedseg.result import SiteAnswer, SiteFailure, StageRecord
 from fedseg.sole import sole

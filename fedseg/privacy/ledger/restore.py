@@ -10,13 +10,13 @@ The daemon is stopped meanwhile; work that begins under the old file is refused 
 from __future__ import annotations
 
 import hashlib
-import os
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from urllib.parse import quote
 
+from fedseg.durable import make_folder, sync_folder
 from fedseg.errors import StorageError, TrustError
 from fedseg.privacy.accounting import PrivacyFilter
 from fedseg.privacy.ledger.book import Book, Limits
@@ -209,7 +209,7 @@ def _replace(path: Path, rows: Sequence[Row]) -> None:
     """Write a new file and put it in place of the old one, whole or not at all."""
     draft = path.with_name(f".{path.name}.restoring")
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(path.parent, mode=0o700)
         for leftover in (draft, _journal(draft)):
             leftover.unlink(missing_ok=True)
         draft.touch(mode=_MODE)
@@ -220,11 +220,7 @@ def _replace(path: Path, rows: Sequence[Row]) -> None:
             database.execute("COMMIT")
         _journal(path).unlink(missing_ok=True)  # it belongs to the file that goes
         draft.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
     except (OSError, sqlite3.Error) as error:
         raise StorageError(f"the ledger could not be restored: {error}") from error
 

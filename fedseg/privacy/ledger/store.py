@@ -20,6 +20,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedseg.durable import make_folder
 from fedseg.errors import DataError, PrivacyError, StorageError, TrustError
 from fedseg.privacy.accounting import PrivacyFilter, epsilon_spent, require_small_delta
 from fedseg.privacy.ledger.book import Book, Debit, History, Limits
@@ -109,7 +110,7 @@ class Ledger:
             )
         order = PrivacyFilter.for_budget(limits.total_epsilon, limits.total_delta).order
         ledger = cls(path, secret, witness, now)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(path.parent, mode=0o700)
         path.touch(mode=_MODE)
 
         def begin(book: Book) -> Event:
