@@ -14,7 +14,8 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from fedseg.errors import DataError
-from fedseg.plan import Frozen, Name, StudyPlan, load_plan
+from fedseg.frozen import Frozen, Name
+from fedseg.plan import StudyPlan, load_plan
 
 MAX_SETTINGS_BYTES = 64 * 1024
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)")

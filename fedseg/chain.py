@@ -24,7 +24,7 @@ from pydantic import Field
 
 from fedseg.durable import write_atomically
 from fedseg.errors import StorageError, TrustError
-from fedseg.plan import Digest, Frozen
+from fedseg.frozen import Digest, Frozen
 from fedseg.security.documents import (
     UNSIGNED,
     Signature,

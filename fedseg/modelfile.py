@@ -12,7 +12,8 @@ from fedseg.arrays import Arrays, digest_of
 from fedseg.container import packed, unpack
 from fedseg.durable import write_atomically
 from fedseg.errors import DataError, TrustError
-from fedseg.plan import Digest, Frozen, StudyPlan
+from fedseg.frozen import Digest, Frozen
+from fedseg.plan import StudyPlan
 
 MAX_MODEL_BYTES = 8 * 1024**3
 

@@ -16,8 +16,6 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     FiniteFloat,
     JsonValue,
@@ -27,30 +25,13 @@ from pydantic import (
 )
 
 from fedseg.errors import PlanError
+from fedseg.frozen import Count, Digest, Fraction, Frozen, Name, NotNegative, Positive
+from fedseg.promise import Calibration, LocalPrivacy, NoPrivacy, Privacy
 
 MAX_PLAN_BYTES = 4 * 1024 * 1024
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
-SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
 Modality = Literal["MR", "CT"]
 Metric = Literal["dice", "hd95", "nsd"]
-
-
-class Frozen(BaseModel):
-    """A value that came through a door: unknown keys are refused, nothing changes afterwards."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @property
-    def canonical_bytes(self) -> bytes:
-        """The bytes that are signed and digested: UTF-8 JSON, sorted keys, no spaces."""
-        value = self.model_dump(mode="json")
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 class Channel(Frozen):
@@ -195,7 +176,12 @@ class Augmentation(Frozen):
 
 
 class Training(Frozen):
-    """What every site does in one round. Dice + cross-entropy, averaged per patient."""
+    """What every site does in one round. Dice + cross-entropy, averaged per patient.
+
+    `trainable` leaves the rest of the network as the study found it: `norms` are the affine
+    parameters of norm layers (and PReLU), `head` is the last layer. Under a guarantee the rate says
+    who is in a step: `batch_size` has no meaning there.
+    """
 
     loss: Literal["dice_ce"] = "dice_ce"
     optimiser: Optimiser = Optimiser()
@@ -205,6 +191,7 @@ class Training(Frozen):
     foreground_share: Fraction = 0.5
     gradient_clip_norm: Positive | None = 12.0
     augmentation: Augmentation = Augmentation()
+    trainable: Literal["all", "norms", "head", "norms+head"] = "all"
     mixed_precision: bool = True
     threads: Count = 1
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -250,12 +237,6 @@ class Evaluation(Frozen):
         return self
 
 
-class Privacy(Frozen):
-    """The guarantee. Under `none` the updates may reveal training images to the coordinator."""
-
-    guarantee: Literal["none"] = "none"
-
-
 class TensorSpec(Frozen):
     """Name, shape and dtype of one tensor of the model."""
 
@@ -292,8 +273,9 @@ class StudyPlan(Frozen):
     training: Training = Training()
     aggregation: Aggregation = Aggregation()
     evaluation: Evaluation = Evaluation()
-    privacy: Privacy = Privacy()
+    privacy: Privacy = NoPrivacy()
     initial: InitialModel | None = None
+    calibrated: Calibration | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -303,6 +285,13 @@ class StudyPlan(Frozen):
             raise ValueError(
                 "training.schedule.warmup_rounds must be below aggregation.rounds "
                 f"({self.aggregation.rounds})"
+            )
+        if isinstance(self.privacy, LocalPrivacy):
+            self._keeps(self.privacy)
+        elif self.aggregation.weighting == "patients" and self.privacy.outputs.counts != "plain":
+            raise ValueError(
+                "aggregation.weighting: patients needs privacy.outputs.counts: plain; or say "
+                "weighting: uniform"
             )
         if self.model.network != "unet":
             return self
@@ -320,6 +309,43 @@ class StudyPlan(Frozen):
                 "nothing to normalise: enlarge the patch or give the network fewer channels"
             )
         return self
+
+    def _keeps(self, privacy: LocalPrivacy) -> None:
+        """Refuse what would break a guarantee, or leave it without its noise."""
+        if self.aggregation.weighting != "uniform":
+            raise ValueError(
+                "aggregation.weighting: patients would weigh each update by a true count, which is "
+                "not private; say uniform (privacy.expected_patients weighs larger hospitals more)"
+            )
+        if self.training.gradient_clip_norm is not None:
+            raise ValueError(
+                "training.gradient_clip_norm must be null: under a guarantee each patient's "
+                "gradient is clipped to privacy.clip_norm, and nothing is clipped twice"
+            )
+        noised = privacy.outputs.metrics == "noised"
+        if noised and "hd95" in self.evaluation.metrics:
+            raise ValueError(
+                "evaluation.metrics: hd95 has no upper end to clip at, so it cannot leave noised; "
+                "measure dice and nsd"
+            )
+
+    @property
+    def private(self) -> LocalPrivacy | None:
+        """The guarantee that the plan gives, or None."""
+        return self.privacy if isinstance(self.privacy, LocalPrivacy) else None
+
+    @property
+    def noise(self) -> Calibration:
+        """The calibrated noise of a private plan.
+
+        Raises:
+            PlanError: the plan was not built yet, or has no guarantee.
+        """
+        if self.calibrated is None:
+            raise PlanError(
+                "the plan's noise is not calibrated: run `fedseg plan build study.yaml` first"
+            )
+        return self.calibrated
 
     @property
     def digest(self) -> str:

@@ -8,7 +8,7 @@ docs/result.schema.json.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -16,7 +16,8 @@ from typing import Literal
 from pydantic import ValidationError
 
 from fedseg.errors import DataError
-from fedseg.plan import Frozen, Metric, StudyPlan
+from fedseg.frozen import Frozen
+from fedseg.plan import Metric, StudyPlan
 
 Scores = dict[str, float | None]
 ArmName = Literal["federated", "pooled", "local"]
@@ -65,11 +66,25 @@ def mean_scores(patients: Sequence[PatientScores], metrics: Sequence[Metric]) ->
     return found
 
 
+def weighted_mean(pairs: Iterable[tuple[float | None, int | None]]) -> float | None:
+    """Mean of the values there are, by patients; plain where these are not all counted."""
+    known = [(value, patients) for value, patients in pairs if value is not None]
+    weights = [patients for _, patients in known if patients is not None]
+    if len(weights) < len(known) or not sum(weights):
+        weights = [1] * len(known)
+    if not known:
+        return None
+    return sum(v * w for (v, _), w in zip(known, weights, strict=True)) / sum(weights)
+
+
 class SiteAnswer(Frozen):
-    """What one site answered in one stage. `scores` is metric -> label -> mean over patients."""
+    """What one site answered in one stage. `scores` is metric -> label -> mean over patients.
+
+    `patients` is None where the site withholds how many they are.
+    """
 
     site: str
-    patients: int
+    patients: int | None
     steps: int = 0
     loss: float | None = None
     scores: dict[str, Scores] = {}

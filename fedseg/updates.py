@@ -19,7 +19,8 @@ from fedseg.arrays import Arrays, digest_of
 from fedseg.container import pack, peek, unpack
 from fedseg.durable import Buffer
 from fedseg.errors import TrustError
-from fedseg.plan import Digest, Frozen, Name, SiteName, StudyPlan, TensorSpec
+from fedseg.frozen import Digest, Frozen, Name, SiteName
+from fedseg.plan import StudyPlan, TensorSpec
 from fedseg.security.identity import SignedRoll
 
 StageName = Literal["enlist", "train", "evaluate", "release"]
@@ -50,28 +51,31 @@ class TaskHeader(Frozen):
 
 
 class Enlisted(Frozen):
-    """The site is ready: patients and cases by split, and cases left out as unusable."""
+    """The site is ready: patients and cases by split, and cases left out as unusable.
+
+    None is a number that the plan or the hospital withholds; so it is in every body.
+    """
 
     kind: Literal["enlist"] = "enlist"
-    patients: dict[SplitName, NotNegativeInt]
-    cases: dict[SplitName, NotNegativeInt]
-    left_out: NotNegativeInt
+    patients: dict[SplitName, NotNegativeInt | None]
+    cases: dict[SplitName, NotNegativeInt | None]
+    left_out: NotNegativeInt | None
 
 
 class Trained(Frozen):
     """One round of training; the delta travels beside it."""
 
     kind: Literal["train"] = "train"
-    patients: NotNegativeInt
+    patients: NotNegativeInt | None
     steps: NotNegativeInt
-    loss: FiniteFloat
+    loss: FiniteFloat | None
 
 
 class Evaluated(Frozen):
     """Metric -> label -> mean over the site's `val` patients."""
 
     kind: Literal["evaluate"] = "evaluate"
-    patients: NotNegativeInt
+    patients: NotNegativeInt | None
     scores: dict[str, dict[str, FiniteFloat | None]]
 
 
@@ -209,7 +213,7 @@ def _outside_plan(body: Body, plan: StudyPlan, model: str | None) -> str | None:
         return "another model is reported as received than was sent"
     if isinstance(body, Trained):
         steps = plan.training.steps_per_round
-        if body.steps != steps or body.loss < 0:
+        if body.steps != steps or (body.loss is not None and body.loss < 0):
             return f"a round has {steps} steps and a loss of at least 0, others were reported"
     if isinstance(body, Evaluated):
         if body.scores.keys() != set(plan.evaluation.metrics):

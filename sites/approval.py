@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fedseg.errors import TrustError
-from fedseg.plan import Digest, Frozen, Name, SiteName
+from fedseg.frozen import Digest, Frozen, Name, SiteName
 from fedseg.security.documents import (
     UNSIGNED,
     Moment,

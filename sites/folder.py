@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from fedseg.durable import write_atomically
 from fedseg.errors import DataError, StorageError
-from fedseg.plan import Frozen, Name, SiteName
+from fedseg.frozen import Frozen, Name, SiteName
 
 MAX_NOTE_BYTES = 16 * 1024 * 1024
 OPEN_FOLDER, SHARED_FOLDER, PRIVATE_FOLDER = 0o755, 0o750, 0o700

@@ -16,7 +16,8 @@ from typing import Annotated
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from fedseg.errors import DataError, PlanError, PrivacyError
-from fedseg.plan import Count, Frozen, StudyPlan, read_mapping
+from fedseg.frozen import Count, Frozen
+from fedseg.plan import StudyPlan, read_mapping
 
 MAX_POLICY_BYTES = 64 * 1024
 _HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")

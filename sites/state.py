@@ -17,7 +17,8 @@ from fedseg.arrays import Arrays
 from fedseg.container import packed, unpack
 from fedseg.durable import write_atomically
 from fedseg.errors import RoundError, TrustError
-from fedseg.plan import Frozen, StudyPlan
+from fedseg.frozen import Frozen
+from fedseg.plan import StudyPlan
 
 KEPT = 3
 

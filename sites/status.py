@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedseg.plan import Frozen
+from fedseg.frozen import Frozen
 
 
 class Part(Frozen):

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from coordinator.progress.tally import OpenStage, SiteProgress, StageProgress
 from fedseg.aggregation.rounds import Position
 from fedseg.errors import TrustError
-from fedseg.plan import Frozen, StudyPlan
+from fedseg.frozen import Frozen
+from fedseg.plan import StudyPlan
 
 MAX_BYTES = 256_000_000
 Phase = Literal["waiting", "running", "paused", "failed", "finished"]

@@ -12,8 +12,9 @@ from itertools import zip_longest
 from statistics import median
 
 from fedseg.aggregation.rounds import Position, schedule
-from fedseg.plan import Frozen, StudyPlan
-from fedseg.result import SiteAnswer, SiteFailure, StageRecord
+from fedseg.frozen import Frozen
+from fedseg.plan import StudyPlan
+from fedseg.result import SiteAnswer, SiteFailure, StageRecord, weighted_mean
 
 RECENT = 5
 COUNTED = ("enlist", "train")  # stages whose answers tell the training patients
@@ -118,8 +119,8 @@ def stages_of(
             attempt=record.attempt,
             answered=tuple(answer.site for answer in record.answers),
             failures=record.failures,
-            loss=_weighted((a.loss, a.patients) for a in record.answers),
-            dice=_weighted((a.mean_dice, a.patients) for a in record.answers),
+            loss=weighted_mean((a.loss, a.patients) for a in record.answers),
+            dice=weighted_mean((a.mean_dice, a.patients) for a in record.answers),
             bytes_down=record.bytes_down,
             bytes_up=record.bytes_up,
             timing=timing,
@@ -233,10 +234,3 @@ def _curve(points: Iterable[tuple[int, float | None]]) -> tuple[RoundValue, ...]
     """The points that have a value; a round that was trained again counts with its last."""
     known = {round_: value for round_, value in points if value is not None}
     return tuple(RoundValue(round=round_, value=value) for round_, value in known.items())
-
-
-def _weighted(pairs: Iterable[tuple[float | None, int]]) -> float | None:
-    """Mean of the values there are, by patients; None where there is none."""
-    known = [(value, patients) for value, patients in pairs if value is not None and patients > 0]
-    total = sum(patients for _, patients in known)
-    return sum(value * patients for value, patients in known) / total if total else None

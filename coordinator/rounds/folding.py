@@ -117,10 +117,10 @@ class Folding:
             self._total.fold(delta, weight_of(body, self._plan))
         return _answer_of(header, size)
 
-    def _check_patients(self, node: int, claimed: int) -> None:
+    def _check_patients(self, node: int, claimed: int | None) -> None:
         """A site weighs what it enlisted with: nobody takes a round over by claiming more."""
         enlisted = self._roster.patients_of(node)
-        if claimed < 1:
+        if claimed is not None and claimed < 1:
             raise AnswerError("data", "the site has no training patients")
         if claimed != enlisted:
             raise AnswerError(

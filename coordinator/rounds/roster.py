@@ -14,12 +14,13 @@ class Roster:
 
     def __init__(self) -> None:
         self._sites: dict[int, str] = {}
-        self._patients: dict[int, int] = {}
+        self._patients: dict[int, int | None] = {}
 
-    def add(self, node_id: int, site: str, patients: int, *, proven: bool = False) -> None:
+    def add(self, node_id: int, site: str, patients: int | None, *, proven: bool = False) -> None:
         """Remember a site's node and its training patients.
 
         Args:
+            patients: None where the site withholds them.
             proven: the site signed its answer, so that its name is no mere claim.
 
         Raises:
@@ -49,7 +50,7 @@ class Roster:
         """Every site that enlisted."""
         return tuple(self._sites.values())
 
-    def patients_of(self, node_id: int) -> int:
+    def patients_of(self, node_id: int) -> int | None:
         """The training patients that the node's site enlisted with."""
         return self._patients[node_id]
 

@@ -22,7 +22,7 @@ from coordinator.office.expiry import warnings
 from coordinator.progress.document import Progress, load_progress
 from fedseg.durable import write_atomically
 from fedseg.errors import DataError, RoundError
-from fedseg.plan import Frozen
+from fedseg.frozen import Frozen
 from fedseg.sole import holder
 
 Log = Literal["superlink", "proxy", "study", "daemon"]

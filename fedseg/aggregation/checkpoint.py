@@ -14,7 +14,8 @@ from fedseg.arrays import digest_of
 from fedseg.container import packed, unpack
 from fedseg.durable import write_atomically
 from fedseg.errors import RoundError, TrustError
-from fedseg.plan import Digest, Frozen, StudyPlan
+from fedseg.frozen import Digest, Frozen
+from fedseg.plan import StudyPlan
 from fedseg.result import StageRecord
 
 _HISTORY_BYTES = 96_000_000

@@ -15,10 +15,11 @@ from fedseg.aggregation.accumulate import MAX_WEIGHT, MeanAccumulator
 from fedseg.aggregation.server import Model, ServerState, apply_update
 from fedseg.arrays import digest_of
 from fedseg.errors import PlanError, RoundError
-from fedseg.plan import Frozen, StudyPlan
+from fedseg.frozen import Frozen
+from fedseg.plan import StudyPlan
 from fedseg.result import SiteAnswer, SiteFailure, StageRecord
 from fedseg.security.identity import SignedRoll
-from fedseg.updates import StageName, TaskHeader, Trained, seal_task
+from fedseg.updates import AnswerError, StageName, TaskHeader, Trained, seal_task
 
 
 class Position(Frozen):
@@ -60,7 +61,9 @@ def schedule(plan: StudyPlan) -> Iterator[tuple[int, StageName]]:
     yield 0, "enlist"
     for round_ in range(1, plan.aggregation.rounds + 1):
         yield round_, "train"
-        if round_ % plan.evaluation.every_rounds == 0 or round_ == plan.aggregation.rounds:
+        last = round_ == plan.aggregation.rounds
+        measured = plan.privacy.outputs.metrics != "none"
+        if measured and (last or round_ % plan.evaluation.every_rounds == 0):
             yield round_, "evaluate"
     yield plan.aggregation.rounds, "release"
 
@@ -176,12 +179,18 @@ def fresh_attempts(state: StudyState, plan: StudyPlan) -> StudyState:
 
 def weight_of(body: Trained, plan: StudyPlan) -> int:
     """The whole-number weight of a site's update."""
-    return body.patients if plan.aggregation.weighting == "patients" else 1
+    if plan.aggregation.weighting == "uniform":
+        return 1
+    if body.patients is None:
+        raise AnswerError(
+            "data", "the plan weighs updates by patients, and the site withholds them"
+        )
+    return body.patients
 
 
 def _require_weights_that_fit(plan: StudyPlan, outcome: Outcome) -> None:
     """Refuse a study whose weights could not be summed exactly, before the first round."""
-    patients = sum(answer.patients for answer in outcome.answers)
+    patients = sum(answer.patients or 0 for answer in outcome.answers)
     if plan.aggregation.weighting == "patients" and patients > MAX_WEIGHT:
         raise PlanError(
             f"the sites have {patients} training patients together, weights are summed exactly up "

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedseg.plan import Frozen
+from fedseg.frozen import Frozen
 
 MAX_STEPS = 1_000_000
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from fedseg.durable import write_atomically
 from fedseg.errors import MissingExtraError
-from fedseg.result import SiteAnswer, StageRecord, StudyResult, mean_of
+from fedseg.result import SiteAnswer, StageRecord, StudyResult, mean_of, weighted_mean
 
 ALL = ""
 
@@ -56,17 +56,6 @@ def write_curves(result: StudyResult, folder: Path) -> None:
     rows = tuple(points(result))
     write_atomically(folder / "curves.csv", _csv(rows))
     _write_events(rows, _stage_times(result), folder / "tensorboard")
-
-
-def weighted_mean(pairs: Iterable[tuple[float, int]]) -> float | None:
-    """Mean of (value, patients) weighted by patients; plain where no patients are counted."""
-    known = list(pairs)
-    if not known:
-        return None
-    total = sum(weight for _, weight in known)
-    if total == 0:
-        return sum(value for value, _ in known) / len(known)
-    return sum(value * weight for value, weight in known) / total
 
 
 def _answer_points(answer: SiteAnswer) -> Iterator[tuple[str, str, float]]:

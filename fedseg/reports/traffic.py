@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from fedseg.reports.curves import weighted_mean
-from fedseg.result import StageRecord, StudyResult
+from fedseg.result import StageRecord, StudyResult, weighted_mean
 
 MOST_LINES = 40
 
@@ -117,4 +116,4 @@ def _round_line(result: StudyResult, block: Sequence[int]) -> RoundLine:
 def _mean(record: StageRecord, what: str) -> float | None:
     """Mean over the answers of a stage, weighted by patients."""
     pairs = ((getattr(answer, what), answer.patients) for answer in record.answers)
-    return weighted_mean((value, patients) for value, patients in pairs if value is not None)
+    return weighted_mean(pairs)

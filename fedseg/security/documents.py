@@ -17,7 +17,7 @@ from typing import Annotated, TypeVar
 from pydantic import AfterValidator, Field, ValidationError
 
 from fedseg.errors import TrustError, printable
-from fedseg.plan import Frozen
+from fedseg.frozen import Frozen
 
 Document = TypeVar("Document", bound=Frozen)
 

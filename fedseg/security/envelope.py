@@ -27,7 +27,7 @@ from typing import Annotated, Any, BinaryIO, Literal, Self
 from pydantic import Field, model_validator
 
 from fedseg.errors import TrustError
-from fedseg.plan import Digest, Frozen, Name, SiteName
+from fedseg.frozen import Digest, Frozen, Name, SiteName
 from fedseg.security.documents import from_text, open_document, to_text
 from fedseg.security.identity import COORDINATOR, MAX_SITES
 from fedseg.security.keys import SIGNATURE_BYTES, ReceivingKey, SealingKey, SigningKey, VerifyKey

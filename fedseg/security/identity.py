@@ -18,7 +18,8 @@ from cryptography import x509
 from pydantic import Field, model_validator
 
 from fedseg.errors import TrustError
-from fedseg.plan import MAX_PLAN_BYTES, Frozen, Name, SiteName, StudyPlan
+from fedseg.frozen import Frozen, Name, SiteName
+from fedseg.plan import MAX_PLAN_BYTES, StudyPlan
 from fedseg.security.documents import (
     UNSIGNED,
     Moment,

@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.hpke import (
 from pydantic import Field
 
 from fedseg.errors import TrustError
-from fedseg.plan import Frozen
+from fedseg.frozen import Frozen
 from fedseg.security.documents import from_text, open_document, to_text
 from fedseg.security.secretfile import (
     MAX_SECRET_BYTES,

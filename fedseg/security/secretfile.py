@@ -25,7 +25,7 @@ from pydantic import Field
 
 from fedseg.durable import make_folder, sync_folder
 from fedseg.errors import DataError, StorageError, TrustError
-from fedseg.plan import Frozen
+from fedseg.frozen import Frozen
 from fedseg.security.documents import open_document
 
 MAX_SECRET_BYTES = 64 * 1024

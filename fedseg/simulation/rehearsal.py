@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fedseg.container import pack, peek, unpack
 from fedseg.errors import PlanError
-from fedseg.plan import Frozen, SiteName
+from fedseg.frozen import Frozen, SiteName
 from fedseg.updates import AnswerHeader, TaskHeader
 
 Handle = Callable[[bytes], bytes]

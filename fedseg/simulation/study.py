@@ -25,6 +25,7 @@ from coordinator.rounds.events import Event
 from fedseg.arrays import digest_of
 from fedseg.durable import write_atomically
 from fedseg.errors import DataError, MissingExtraError, PlanError, RoundError
+from fedseg.frozen import SiteName
 from fedseg.imaging.cases import Cohort, Manifest
 from fedseg.imaging.cohorts import usable_cohorts
 from fedseg.imaging.fingerprint import fingerprint
@@ -32,7 +33,7 @@ from fedseg.imaging.manifests import read_manifest
 from fedseg.modelfile import save_model
 from fedseg.models.devices import require_device
 from fedseg.models.zoo import initial_model, load_tensors
-from fedseg.plan import SiteName, StudyPlan
+from fedseg.plan import StudyPlan
 from fedseg.result import Arm, ArmName, PatientScores, Run, SiteSummary, StudyResult
 from fedseg.simulation.baselines import Baseline, baselines_of
 from fedseg.simulation.federation import (

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from small_plans import answer, body_of, built_plan, tiny_model
 
 from fedseg.container import pack
-from fedseg.plan import Frozen, StudyPlan
+from fedseg.frozen import Frozen
+from fedseg.plan import StudyPlan
 from fedseg.updates import (
     AnswerError,
     Enlisted,

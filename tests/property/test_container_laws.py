@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from fedseg.arrays import schema_of
 from fedseg.container import pack, peek, unpack
 from fedseg.errors import TrustError
-from fedseg.plan import Frozen
+from fedseg.frozen import Frozen
 
 ROOM = 10**6
 DTYPES = ("float32", "float64", "float16", "int64", "uint8")

@@ -19,7 +19,8 @@ from fedseg.arrays import schema_of
 from fedseg.container import MAX_HEADER_BYTES, pack, peek, unpack
 from fedseg.durable import write_atomically
 from fedseg.errors import RoundError, TrustError
-from fedseg.plan import Frozen, TensorSpec
+from fedseg.frozen import Frozen
+from fedseg.plan import TensorSpec
 
 ROOM = 10**6
 

@@ -10,7 +10,7 @@ from safetensors.numpy import load, save
 from fedseg.container import pack, packed, unpack
 from fedseg.durable import write_atomically
 from fedseg.errors import TrustError
-from fedseg.plan import Frozen
+from fedseg.frozen import Frozen
 
 
 class _Note(Frozen):

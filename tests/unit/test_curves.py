@@ -10,7 +10,8 @@ import pytest
 from study_results import make_result
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from fedseg.reports.curves import points, weighted_mean, write_curves
+from fedseg.reports.curves import points, write_curves
+from fedseg.result import weighted_mean
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

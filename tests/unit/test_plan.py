@@ -105,7 +105,7 @@ def parse(**changes: Any) -> StudyPlan:
         ({"aggregation__server_momentum": 1.0}, "aggregation.server_momentum", "less than 1"),
         ({"evaluation__metrics": ["nsd"]}, "evaluation", "must name dice"),
         ({"evaluation__metrics": ["dice", "dice"]}, "evaluation", "each metric once"),
-        ({"privacy__guarantee": "local"}, "privacy.guarantee", "'none'"),
+        ({"privacy__guarantee": "central"}, "privacy", "'none', 'local'"),
         ({"initial": {"digest": "0" * 64, "tensors": []}}, "initial.tensors", "at least 1 item"),
         ({"initial": {"digest": "x", "tensors": []}}, "initial.digest", "pattern"),
     ],
@@ -246,7 +246,12 @@ def test_any_changed_value_changes_the_digest() -> None:
             except ValidationError:
                 continue
         assert plan.digest not in digests, path
-        alone = path[-1] in only_choice or path in {("task", "dimensions"), ("model", "version")}
+        alone = (
+            path[-1] in only_choice
+            or path[:2] == ("aggregation", "weighting")
+            or path == ("calibrated",)
+            or path in {("task", "dimensions"), ("model", "version")}
+        )
         alone = (
             alone
             or path[:2] in {("task", "labels"), ("evaluation", "metrics")}

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from fedseg.errors import TrustError
-from fedseg.plan import Digest, Frozen, Name
+from fedseg.frozen import Digest, Frozen, Name
 from fedseg.privacy.mechanisms import Mechanism
 
 START = "0" * 64
