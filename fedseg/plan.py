@@ -32,6 +32,7 @@ MAX_PLAN_BYTES = 4 * 1024 * 1024
 
 Modality = Literal["MR", "CT"]
 Metric = Literal["dice", "hd95", "nsd"]
+Trainable = Literal["all", "norms", "head", "norms+head"]
 
 
 class Channel(Frozen):
@@ -191,7 +192,7 @@ class Training(Frozen):
     foreground_share: Fraction = 0.5
     gradient_clip_norm: Positive | None = 12.0
     augmentation: Augmentation = Augmentation()
-    trainable: Literal["all", "norms", "head", "norms+head"] = "all"
+    trainable: Trainable = "all"
     mixed_precision: bool = True
     threads: Count = 1
     seed: int = Field(default=0, ge=0, lt=2**63)

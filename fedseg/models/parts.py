@@ -1,0 +1,80 @@
+"""Which part of a network a study trains; the rest stays as the study found it.
+
+Few trained parameters matter under a guarantee: the noise's norm grows with the square root of
+their number, the gradient's does not. Norm affines and the last layer adapt a pre-trained network
+to new scanners and labels (Chen et al., TMLR 2024, arXiv 2302.01190, on images).
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fedseg.errors import PlanError
+from fedseg.plan import Trainable
+
+NORMS = (
+    nn.modules.instancenorm._InstanceNorm,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.PReLU,
+)
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+def freeze(network: nn.Module, trainable: Trainable) -> tuple[str, ...]:
+    """Let a part of a network take gradients, in place, and nothing else of it.
+
+    What the network's own code froze stays frozen under every choice.
+
+    Args:
+        network: as built; call it once, before an optimiser is made.
+        trainable: `all`; `norms`, the affine parameters of norm layers and slopes of PReLU;
+            `head`, the convolution or linear layer that is defined last; or both.
+
+    Returns:
+        The names of the parameters that are trained, in the network's order.
+
+    Raises:
+        PlanError: the network has no such part; nothing was changed.
+    """
+    wanted = _wanted(network, trainable)
+    own = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    names = tuple(name for name, p in own.items() if wanted is None or id(p) in wanted)
+    if not names:
+        raise PlanError(
+            f"training.trainable is {trainable}, but nothing of that can be trained: the network "
+            "itself froze it; change training.trainable or model"
+        )
+    for name, parameter in own.items():
+        parameter.requires_grad_(name in names)
+    return names
+
+
+def _wanted(network: nn.Module, trainable: Trainable) -> set[int] | None:
+    """The parameters of the wanted parts, by identity; None where all are wanted."""
+    if trainable == "all":
+        return None
+    parts: list[nn.Module] = []
+    if "norms" in trainable:
+        norms = [layer for layer in network.modules() if _is(layer, NORMS)]
+        if not any(not isinstance(layer, nn.PReLU) for layer in norms):
+            raise PlanError(
+                f"training.trainable is {trainable}, but the network has no norm with affine "
+                "parameters: choose a network that has, or train head or all"
+            )
+        parts += norms
+    if "head" in trainable:
+        layers = [layer for layer in network.modules() if _is(layer, LAYERS)]
+        if not layers:
+            raise PlanError(
+                f"training.trainable is {trainable}, but the network has no convolution or linear "
+                "layer that could be its head: train norms or all"
+            )
+        parts.append(layers[-1])
+    return {id(p) for part in parts for p in part.parameters(recurse=False)}
+
+
+def _is(layer: nn.Module, kinds: tuple[type, ...]) -> bool:
+    """True for a layer of these kinds that has parameters."""
+    return isinstance(layer, kinds) and next(layer.parameters(recurse=False), None) is not None
