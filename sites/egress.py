@@ -1,0 +1,193 @@
+"""The way out of the trainer: what an answer may say, and what of it the plan withholds.
+
+An allow-list. Each type of message and each of its fields is named here with what it is about; a
+type or a field that nobody named does not leave, whatever wrote it. The trainer passes every body
+through `permitted`, which withholds what the plan's outputs do not let out; the gate has
+`require_permitted` look at every answer again before it is sealed, since a trainer is much code and
+this is little. Numbers about few patients are withheld where the plan says `suppressed`: about how
+many they are is read from the body itself, before anything of it is withheld.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from fedseg.errors import PrivacyError
+from fedseg.plan import StudyPlan
+from fedseg.promise import Openness
+from fedseg.updates import (
+    AnswerHeader,
+    Body,
+    Enlisted,
+    Evaluated,
+    Received,
+    RefusalCode,
+    Refused,
+    Trained,
+)
+
+About = Literal["protocol", "counts", "losses", "metrics"]
+
+HEADER: Mapping[str, About] = {
+    "format": "protocol",
+    "task": "protocol",
+    "site": "protocol",
+    "body": "protocol",
+}
+BODIES: Mapping[type[Body], Mapping[str, About]] = {
+    Enlisted: {"kind": "protocol", "patients": "counts", "cases": "counts", "left_out": "counts"},
+    Trained: {"kind": "protocol", "steps": "protocol", "patients": "counts", "loss": "losses"},
+    Evaluated: {"kind": "protocol", "patients": "counts", "scores": "metrics"},
+    Received: {"kind": "protocol", "model": "protocol"},
+    Refused: {"kind": "protocol", "code": "protocol"},
+}
+# What a private plan says of a failure that data may have caused.
+_COARSER: Mapping[RefusalCode, RefusalCode] = {"data": "failed", "not_finite": "failed"}
+
+
+def permitted(body: Body, plan: StudyPlan, suppress_below: int | None = None) -> Body:
+    """What leaves of a body: the same type, with None for whatever is withheld.
+
+    Args:
+        body: as the trainer made it, nothing withheld yet: its own counts say how many patients
+            its numbers are about.
+        plan: the approved one; its `privacy.outputs` say what leaves.
+        suppress_below: the hospital's own least number of patients, where it is above the plan's.
+
+    Returns:
+        Counts by split are withheld together with the split's patients. `left_out` is withheld
+        wherever counts are not plain, because nobody knows how many patients these cases are of.
+
+    Raises:
+        PrivacyError: a type or a field that is not on the list, scores of other metrics or labels
+            than the plan's, or numbers that the plan wants noised and that cannot be.
+    """
+    _require_listed(body)
+    outputs, least = plan.privacy.outputs, _least(plan, suppress_below)
+    match body:
+        case Enlisted():
+            kept = {
+                split: _lets_out(outputs.counts, patients, least)
+                for split, patients in body.patients.items()
+            }
+            return Enlisted(
+                patients={s: n if kept[s] else None for s, n in body.patients.items()},
+                cases={s: n if kept.get(s) else None for s, n in body.cases.items()},
+                left_out=body.left_out if outputs.counts == "plain" else None,
+            )
+        case Trained():
+            loss = _lets_out(outputs.losses, body.patients, least)
+            counts = _lets_out(outputs.counts, body.patients, least)
+            return Trained(
+                patients=body.patients if counts else None,
+                steps=body.steps,
+                loss=body.loss if loss else None,
+            )
+        case Evaluated():
+            _require_plans_scores(body, plan)
+            scores = _lets_out(outputs.metrics, body.patients, least)
+            counts = _lets_out(outputs.counts, body.patients, least)
+            return Evaluated(
+                patients=body.patients if counts else None,
+                scores=body.scores if scores else _withheld(plan),
+            )
+        case Received():
+            return body
+        case Refused():
+            return Refused(code=_COARSER.get(body.code, body.code) if plan.private else body.code)
+
+
+def require_permitted(
+    header: AnswerHeader, plan: StudyPlan, suppress_below: int | None = None
+) -> None:
+    """Look at an answer once more before it is sealed.
+
+    Numbers whose patients are withheld in the same answer cannot be held against `suppress_below`
+    any more: what is not to leave at all, and what says itself that it is about too few, is found.
+
+    Raises:
+        PrivacyError: it says what is not on the list, or what the plan withholds.
+    """
+    if type(header).model_fields.keys() != HEADER.keys():
+        raise PrivacyError(_unlisted("an answer", type(header).model_fields.keys() ^ HEADER.keys()))
+    body = header.body
+    _require_listed(body)
+    outputs, least = plan.privacy.outputs, _least(plan, suppress_below)
+    said: list[tuple[Openness, int | None, bool]] = []  # how it leaves, of how many, whether it is
+    match body:
+        case Enlisted():
+            for split, patients in body.patients.items():
+                there = patients is not None or body.cases.get(split) is not None
+                said.append((outputs.counts, patients, there))
+            if body.left_out is not None and outputs.counts != "plain":
+                raise PrivacyError("the number of cases left out is withheld by the plan")
+        case Trained():
+            said.append((outputs.counts, body.patients, body.patients is not None))
+            said.append((outputs.losses, body.patients, body.loss is not None))
+        case Evaluated():
+            _require_plans_scores(body, plan)
+            told = any(v is not None for scores in body.scores.values() for v in scores.values())
+            said.append((outputs.counts, body.patients, body.patients is not None))
+            said.append((outputs.metrics, body.patients, told))
+        case Refused():
+            if plan.private and body.code in _COARSER:
+                raise PrivacyError("a refusal says more than a private plan lets out")
+        case Received():
+            pass
+    for openness, patients, there in said:
+        known = patients is not None and openness == "suppressed" and patients < least
+        if there and (openness == "none" or known):
+            raise PrivacyError(
+                f"an answer ({body.kind}) holds numbers that the plan withholds: it does not leave"
+            )
+
+
+def _require_listed(body: Body) -> None:
+    """Refuse a type or a field that is not on the list."""
+    fields = BODIES.get(type(body))
+    if fields is None:
+        raise PrivacyError(f"messages of type {type(body).__name__} are not on the list of egress")
+    if type(body).model_fields.keys() != fields.keys():
+        odd = type(body).model_fields.keys() ^ fields.keys()
+        raise PrivacyError(_unlisted(type(body).__name__, odd))
+
+
+def _unlisted(what: str, odd: set[str]) -> str:
+    """Names the fields on which the message and the list differ."""
+    return f"{what} has fields that the list of egress does not name: {', '.join(sorted(odd))}"
+
+
+def _least(plan: StudyPlan, suppress_below: int | None) -> int:
+    """The number of patients below which suppressed numbers are withheld."""
+    return max(plan.privacy.outputs.suppress_below, suppress_below or 0)
+
+
+def _lets_out(openness: Openness, patients: int | None, least: int) -> bool:
+    """Whether a number about so many patients leaves; about an unknown number it does not."""
+    if openness == "suppressed":
+        return patients is not None and patients >= least
+    return openness != "none"
+
+
+def _require_plans_scores(body: Evaluated, plan: StudyPlan) -> None:
+    """Refuse scores of something else; noised ones are all there, whoever the patients were."""
+    labels = plan.task.labels.keys()
+    if body.scores.keys() != set(plan.evaluation.metrics) or not all(
+        scores.keys() <= labels for scores in body.scores.values()
+    ):
+        raise PrivacyError("scores of other metrics or labels than the plan's do not leave")
+    if plan.privacy.outputs.metrics != "noised":
+        return
+    if plan.private is None or plan.noise.metrics is None:
+        raise PrivacyError("the plan wants noised metrics and has no noise for them: build it anew")
+    for scores in body.scores.values():
+        if scores.keys() != labels or None in scores.values():
+            raise PrivacyError(
+                "noised metrics need a value for every label: which are missing tells of patients"
+            )
+
+
+def _withheld(plan: StudyPlan) -> dict[str, dict[str, float | None]]:
+    """Scores that say nothing."""
+    return {metric: dict.fromkeys(plan.task.labels) for metric in plan.evaluation.metrics}
