@@ -35,8 +35,9 @@ from tiny_studies import PLAN
 from fedseg.chain import read_chain
 from fedseg.commands.federation import write_plan_file
 from fedseg.imaging.phantoms import write_phantoms
+from fedseg.offspring import descendants
 from fedseg.quiet import QUIET
-from fedseg.simulation.deployment import Deployment, descendants
+from fedseg.simulation.deployment import Deployment
 from fedseg.simulation.hospitals import divide
 from sites.relay import relay_of, what_it_says
 

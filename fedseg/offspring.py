@@ -77,6 +77,36 @@ def reap_adopted(known: Collection[int]) -> None:
                 os.waitpid(pid, os.WNOHANG)
 
 
+def descendants(pid: int) -> list[int]:
+    """Every process below one, by Linux's own tables; those that ended meanwhile are left out."""
+    children: dict[int, list[int]] = {}
+    for each in _pids():
+        _, parent = state_of(each) or ("", 0)
+        children.setdefault(parent, []).append(each)
+    found, todo = [], [pid]
+    while todo:
+        below = children.get(todo.pop(), [])
+        found += below
+        todo += below
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; a dead one that nobody has reaped does not."""
+    state, _ = state_of(pid) or ("X", 0)
+    return state not in {"Z", "X"}
+
+
+def state_of(pid: int) -> tuple[str, int] | None:
+    """A process's state letter and its parent (proc(5)), or None where there is none."""
+    try:
+        stat = (_PROCESSES / str(pid) / "stat").read_text(errors="replace")
+    except OSError:
+        return None
+    state, parent = stat.rpartition(")")[2].split()[:2]  # the name before it may hold anything
+    return state, int(parent)
+
+
 def _marked() -> Iterator[tuple[int, str]]:
     """Every process whose environment may be read and has a mark."""
     wanted = MARK.encode() + b"="
@@ -93,12 +123,8 @@ def _marked() -> Iterator[tuple[int, str]]:
 def _dead_children(parent: int) -> Iterator[int]:
     """Zombies whose parent is this process."""
     for pid in _pids():
-        try:
-            stat = (_PROCESSES / str(pid) / "stat").read_text(errors="replace")
-        except OSError:
-            continue
-        state, ppid = stat.rpartition(")")[2].split()[:2]  # the name before it may hold anything
-        if state == "Z" and int(ppid) == parent:
+        state, ppid = state_of(pid) or ("", 0)
+        if state == "Z" and ppid == parent:
             yield pid
 
 

@@ -128,7 +128,7 @@ def _begin_roll(draft: StudyFolder, plan: StudyPlan, key: SigningKey, now: datet
 
 def _initial_of(plan: StudyPlan, plan_file: Path) -> dict[str, NDArray[Any]]:
     """The model that a built plan starts from."""
-    plan.built  # noqa: B018  raises where the plan is not built
+    _ = plan.built  # raises where the plan is not built
     model = load_initial(plan_file)
     if model is None:
         raise PlanError(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from coordinator.folder import StudyFolder
 from coordinator.running.superlink import SuperLink
+from fedseg.offspring import is_alive
 from fedseg.sole import holder
 
 STARTS_WITHIN_S = 120.0
@@ -94,7 +95,7 @@ class Runs:
 
     def _was_killed(self) -> bool:
         """Whether the process that held the study is gone: Flower notices only after a minute."""
-        return self.state.pid is not None and not _is_alive(self.state.pid)
+        return self.state.pid is not None and not is_alive(self.state.pid)
 
     def _over(self, how: str, now: float) -> None:
         """Note a run's end, and when the next is due."""
@@ -124,15 +125,6 @@ class Runs:
             return self._folder.checkpoint.stat().st_mtime
         except OSError:
             return 0.0
-
-
-def _is_alive(pid: int) -> bool:
-    """Whether a process runs; a dead one that nobody has reaped does not."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
-            return file.read().rpartition(")")[2].split()[0] not in {"Z", "X"}
-    except OSError:
-        return False
 
 
 def _first_line(text: str) -> str:

@@ -247,22 +247,3 @@ class Watcher:
 def _script(command: str) -> str:
     """A command that was installed beside this Python."""
     return str(Path(sys.executable).with_name(command))
-
-
-def descendants(pid: int) -> Sequence[int]:
-    """Every process below one, by Linux's own tables; those that ended meanwhile are left out."""
-    parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        parents.setdefault(int(fields[1]), []).append(int(entry.name))
-    found, todo = [], [pid]
-    while todo:
-        children = parents.get(todo.pop(), [])
-        found += children
-        todo += children
-    return found

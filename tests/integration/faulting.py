@@ -41,10 +41,11 @@ from fedseg.commands.federation import write_plan_file
 from fedseg.durable import write_atomically
 from fedseg.imaging.phantoms import write_phantoms
 from fedseg.modelfile import load_model
+from fedseg.offspring import descendants
 from fedseg.plan import StudyPlan
 from fedseg.planfile import load_initial
 from fedseg.security.keys import VerifyKey
-from fedseg.simulation.deployment import Deployment, descendants, free_ports
+from fedseg.simulation.deployment import Deployment, free_ports
 from fedseg.simulation.hospitals import divide
 from fedseg.simulation.study import Options, simulate
 from fedseg.sole import holder
