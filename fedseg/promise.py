@@ -36,6 +36,14 @@ class Outputs(Frozen):
     suppress_below: Count = 5
 
 
+class Withheld(Outputs):
+    """The same under a guarantee: what a plan does not name does not leave."""
+
+    counts: Literal["none", "suppressed", "plain"] = "none"
+    losses: Literal["none", "suppressed", "plain"] = "none"
+    metrics: Openness = "none"
+
+
 class NoPrivacy(Frozen):
     """No guarantee: the updates may reveal training images to the coordinator."""
 
@@ -81,7 +89,7 @@ class LocalPrivacy(Frozen):
     expected_validation: Count | None = None
     patches_per_patient: Count = 4
     release_after_s: NotNegative = 0.0
-    outputs: Outputs = Outputs(counts="none", losses="none", metrics="none")
+    outputs: Withheld = Withheld()
 
     @model_validator(mode="after")
     def _declared(self) -> Self:
