@@ -28,7 +28,7 @@ from fedseg.learning.optimiser import (
     trained,
 )
 from fedseg.learning.repeatable import repeatable
-from fedseg.learning.sampling import PatchSampler, Patients, Window, draw_patients
+from fedseg.learning.sampling import PatchSampler, Patients, draw_patients, window
 from fedseg.plan import StudyPlan
 
 Batch = tuple[Tensor, Tensor]
@@ -41,13 +41,17 @@ class RoundOutcome:
     Attributes:
         steps: of the optimiser.
         loss: mean over the steps of the mean over the batch; Dice + cross-entropy, at least 0.
+            None where a private round drew nobody.
         optimiser_state: what the next round at this site continues from; it stays there. Empty
             where the plan says `state: reset`.
+        lost: how often a patient was drawn and contributed zero in a private round, since nothing
+            could be read or the gradient was not finite. It never leaves.
     """
 
     steps: int
-    loss: float
+    loss: float | None
     optimiser_state: dict[str, NDArray[np.generic]]
+    lost: int = 0
 
 
 def train_round(
@@ -165,7 +169,7 @@ def _batches(
     task, settings = plan.task, plan.training
     margin = margin_of(task.patch_size, task.spacing_mm, settings.augmentation)
     sampler = PatchSampler(
-        patients, _window(task.patch_size, 1), _window(margin, 0), settings.foreground_share
+        patients, window(task.patch_size, 1), window(margin, 0), settings.foreground_share
     )
     rng = np.random.default_rng(seed_for(settings.seed, site, round_, "patches"))
     count = settings.steps_per_round * settings.batch_size
@@ -188,12 +192,6 @@ def _batches(
         )
 
 
-def _window(sides: tuple[int, ...], slices: int) -> Window:
-    """The sides along X, Y and Z; a 2-D task's along Z are given."""
-    x, y, z = (*sides, slices)[:3]
-    return x, y, z
-
-
 def _proximal(plan: StudyPlan) -> bool:
     """True where the loss is pulled towards the round's model."""
     return plan.aggregation.strategy == "fedprox"
@@ -208,6 +206,17 @@ def _check(
             "training needs at least one patient, and a usable case of each: see what the check "
             "of the data says about the train split"
         )
+    require_fitting_state(plan, optimiser_state, anchor)
+
+
+def require_fitting_state(
+    plan: StudyPlan, optimiser_state: Arrays | None, anchor: Arrays | None
+) -> None:
+    """Refuse to start a round without what the plan's strategy needs, or with what it forbids.
+
+    Raises:
+        ValueError: fedprox without an anchor, or a state although the plan resets it.
+    """
     if _proximal(plan) and anchor is None:
         raise ValueError("fedprox needs the round's model as anchor")
     if optimiser_state and plan.training.optimiser.state == "reset":

@@ -27,6 +27,12 @@ Window = tuple[int, int, int]
 Patients = Mapping[str, Sequence["PreparedCase"]]
 
 
+def window(sides: tuple[int, ...], slices: int) -> Window:
+    """The sides along X, Y and Z; a 2-D task's along Z are given."""
+    x, y, z = (*sides, slices)[:3]
+    return x, y, z
+
+
 def draw_patients(
     names: Sequence[str], *, first: int, count: int, seed: int, site: str
 ) -> list[str]:
