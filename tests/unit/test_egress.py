@@ -198,7 +198,7 @@ def test_the_gate_finds_numbers_about_too_few() -> None:
         Trained(patients=4, steps=20, loss=None),
         Evaluated(patients=4, scores=NOTHING),
     ):
-    XX
+        with pytest.raises(PrivacyError, match=r"with(holds|held)"):
             require_permitted(answered(body), plan)
 
 
