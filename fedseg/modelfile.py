@@ -24,6 +24,8 @@ class ModelHeader(Frozen):
     Attributes:
         arm: how it was trained: federated, pooled, local, or initial.
         rounds: closed rounds of training.
+        private: whether it keeps the guarantee of its plan: False where the noise was seeded, None
+            where there is no guarantee, or nothing was trained on patients yet.
     """
 
     format: Literal["fedseg-model/1"] = "fedseg-model/1"
@@ -32,22 +34,38 @@ class ModelHeader(Frozen):
     model_digest: Digest
     arm: str
     rounds: int
+    private: bool | None = None
 
     @model_validator(mode="after")
     def _plan_is_the_one(self) -> Self:
         if self.plan.digest != self.plan_digest:
             raise ValueError("the plan's digest is not that of the plan")
+        if self.private is not None and self.plan.private is None:
+            raise ValueError("a plan without a guarantee gives no model that keeps one")
         return self
 
 
-def save_model(path: Path, plan: StudyPlan, model: Arrays, *, arm: str, rounds: int) -> None:
-    """Write a model file, atomically."""
+def save_model(
+    path: Path,
+    plan: StudyPlan,
+    model: Arrays,
+    *,
+    arm: str,
+    rounds: int,
+    seeded: bool = False,
+) -> None:
+    """Write a model file, atomically.
+
+    Args:
+        seeded: its noise was seeded, so that it keeps no guarantee whatever its plan says.
+    """
     header = ModelHeader(
         plan=plan,
         plan_digest=plan.digest,
         model_digest=digest_of(model),
         arm=arm,
         rounds=rounds,
+        private=not seeded if plan.private is not None and rounds else None,
     )
     write_atomically(path, packed(header, model))
 

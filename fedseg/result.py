@@ -1,8 +1,8 @@
 """What a simulated study found: OUT/result.json.
 
 Everything but the block `run` is a function of plan and data: equal studies give equal bytes,
-whatever the engine, the order of the answers or the machine's speed. The schema is published in
-docs/result.schema.json.
+whatever the engine, the order of the answers or the machine's speed. Private studies differ in
+their noise, which nobody can repeat. The schema is published in docs/result.schema.json.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from fedseg.errors import DataError
 from fedseg.frozen import Frozen
@@ -143,6 +143,30 @@ class Arm(Frozen):
         return tuple(patient for patient in self.patients if patient.site == site)
 
 
+class GuaranteeRecord(Frozen):
+    """What a private study guaranteed to each patient of a hospital, and what it spent.
+
+    Attributes:
+        private: False where the noise was seeded: then nothing is guaranteed, whatever the numbers
+            say, for who knows the seed takes the noise away again.
+        epsilon: promised by the plan at `delta`, for training patients and for held-back ones.
+        delta: likewise.
+        epsilon_spent: by all rounds that were done, of each training patient; rounded up.
+        epsilon_held_back: by metrics that left with noise, of each held-back patient; None where
+            none leave so.
+        noise_multiplier: standard deviation of a step's noise over the clip norm.
+        text: unit, neighbours, steps, sampling, noise, what is covered and what is not.
+    """
+
+    private: bool
+    epsilon: float
+    delta: float
+    epsilon_spent: float
+    epsilon_held_back: float | None = None
+    noise_multiplier: float
+    text: str
+
+
 class Run(Frozen):
     """What differs between equal studies: where and how fast it ran.
 
@@ -162,7 +186,7 @@ class Run(Frozen):
 
 
 class StudyResult(Frozen):
-    """A whole simulated study."""
+    """A whole simulated study. `guarantee` is None where the plan has none."""
 
     format: Literal["fedseg-result/1"] = "fedseg-result/1"
     plan: StudyPlan
@@ -173,7 +197,14 @@ class StudyResult(Frozen):
     sites: tuple[SiteSummary, ...]
     stages: tuple[StageRecord, ...]
     arms: tuple[Arm, ...]
+    guarantee: GuaranteeRecord | None = None
     run: Run
+
+    @model_validator(mode="after")
+    def _says_its_guarantee(self) -> Self:
+        if (self.guarantee is None) != (self.plan.private is None):
+            raise ValueError("a private plan and a record of its guarantee belong together")
+        return self
 
     def arm(self, name: ArmName) -> Arm | None:
         """One arm by name, or None where it was not trained."""

@@ -81,3 +81,51 @@ def body_of(stage: str, patients: int = 4, model: str | None = None) -> Body:
 def answer(task: str, site: str, body: Body, delta: Arrays | None = None) -> bytes:
     """A sealed answer."""
     return seal_answer(AnswerHeader(task=task, site=site, body=body), delta)
+
+
+PRIVATE: dict[str, Any] = {
+    "privacy": {
+        "guarantee": "local",
+        "epsilon": 4.0,
+        "delta": 1e-3,
+        "clip_norm": 1.0,
+        "expected_patients": 4,
+    },
+    "training": {"gradient_clip_norm": None, "steps_per_round": 20},
+    "aggregation": VALUES["aggregation"] | {"weighting": "uniform"},
+}
+
+
+def private_values(**changes: Any) -> dict[str, Any]:
+    """The values of a plan with a guarantee; changed as by `values`."""
+    found = values(**copy.deepcopy(PRIVATE))
+    for key, value in changes.items():
+        *sections, field = key.split("__")
+        inner = found
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[field] = value
+    return found
+
+
+def private_plan(model: Arrays | None = None, **changes: Any) -> StudyPlan:
+    """A built and calibrated plan with a guarantee (4, 0.001); no number leaves by default."""
+    from fedseg.privacy.schedule import calibrated
+
+    model = model or tiny_model()
+    plan = StudyPlan.model_validate(private_values(**changes))
+    record = InitialModel(digest=digest_of(model), tensors=schema_of(model))
+    plan = plan.model_copy(update={"initial": record})
+    return plan.model_copy(update={"calibrated": calibrated(plan)})
+
+
+def withheld_body(stage: str, plan: StudyPlan, model: str | None = None) -> Body:
+    """What a good site says in a stage of a plan that withholds every number."""
+    if stage == "enlist":
+        return Enlisted(patients={"train": None}, cases={"train": None}, left_out=None)
+    if stage == "train":
+        return Trained(patients=None, steps=plan.training.steps_per_round, loss=None)
+    if stage == "release":
+        return Received(model=model or digest_of(tiny_model()))
+    nothing = dict.fromkeys(plan.task.labels)
+    return Evaluated(patients=None, scores=dict.fromkeys(plan.evaluation.metrics, nothing))

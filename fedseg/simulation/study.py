@@ -34,7 +34,15 @@ from fedseg.modelfile import save_model
 from fedseg.models.devices import require_device
 from fedseg.models.zoo import initial_model, load_tensors
 from fedseg.plan import StudyPlan
-from fedseg.result import Arm, ArmName, PatientScores, Run, SiteSummary, StudyResult
+from fedseg.result import (
+    Arm,
+    ArmName,
+    GuaranteeRecord,
+    PatientScores,
+    Run,
+    SiteSummary,
+    StudyResult,
+)
 from fedseg.simulation.baselines import Baseline, baselines_of
 from fedseg.simulation.federation import (
     Engine,
@@ -169,6 +177,7 @@ def simulate(
         sites=tuple(_summary(cohort, left_out.get(cohort.site, 0)) for cohort in cohorts),
         stages=trained["federated"].state.history,
         arms=arms,
+        guarantee=_guarantee(plan, trained["federated"]),
         run=Run(
             engine=options.engine,
             started=started.isoformat(timespec="seconds"),
@@ -183,6 +192,15 @@ def simulate(
     watch(Progress("federated", "writing the report"))
     _write(result, trained, whole, scorer, out)
     return result
+
+
+def _guarantee(plan: StudyPlan, finished: Finished) -> GuaranteeRecord | None:
+    """What the federation guaranteed and spent; None where the plan has no guarantee."""
+    if plan.private is None:
+        return None
+    from fedseg.privacy.promised import record_of
+
+    return record_of(plan, finished.state.history)
 
 
 def _require_packages(engine: Engine) -> None:
@@ -201,14 +219,31 @@ def _built(
             raise PlanError(
                 "the initial model is not the one that the plan names: run `fedseg plan build`"
             )
-        return plan, dict(given)
+        return _with_noise(plan), dict(given)
     record, tensors = initial_model(plan)
     if plan.initial is not None and plan.initial != record:
         raise PlanError(
             "the plan's seed gives another initial model here than the plan names: bring the file "
             "that `fedseg plan build` wrote beside the plan (torch may differ in version)"
         )
-    return plan.model_copy(update={"initial": record}), tensors
+    return _with_noise(plan.model_copy(update={"initial": record})), tensors
+
+
+def _with_noise(plan: StudyPlan) -> StudyPlan:
+    """A private plan with its calibrated noise, which keeps what it promises; others as they are.
+
+    Raises:
+        PrivacyError: the plan names weaker noise than its promise needs.
+    """
+    if plan.private is None:
+        return plan
+    from fedseg.privacy.promised import require_kept
+    from fedseg.privacy.schedule import calibrated
+
+    if plan.calibrated is None:
+        plan = plan.model_copy(update={"calibrated": calibrated(plan)})
+    require_kept(plan)
+    return plan
 
 
 def _usable_cohorts(
