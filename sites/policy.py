@@ -2,25 +2,40 @@
 
 A policy only restricts. What it does not name is as the plan says; what it forbids is refused, and
 the refusal names the rule, so that whoever is asked why can point at a line of the file. It is read
-again for every approval and every task: a rule that is tightened holds from the next task on.
+again for every approval and every task: a rule that is tightened holds from the next task on. A
+budget is the exception to what is not named: a study with a privacy guarantee needs one, and a file
+that is silent has the template's.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from fedseg.errors import DataError, PlanError, PrivacyError
-from fedseg.frozen import Count, Frozen
+from fedseg.frozen import Count, Frozen, Positive
 from fedseg.plan import StudyPlan, read_mapping
+from fedseg.promise import OPENNESS, Openness
+
+if TYPE_CHECKING:
+    from fedseg.privacy.ledger import Limits
 
 MAX_POLICY_BYTES = 64 * 1024
+Delta = Annotated[float, Field(gt=0, lt=1)]
 _HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
+
+_MOST: dict[Openness, str] = {
+    "none": "not at all",
+    "noised": "only with noise that the guarantee counts",
+    "suppressed": "only where they are about enough patients",
+    "plain": "as the plan says",
+}
 
 TEMPLATE = """\
 # What this hospital allows, whatever a study's plan asks for. fedseg-site reads this file again for
@@ -30,6 +45,37 @@ TEMPLATE = """\
 # May a study train without a privacy guarantee? Its updates may then let the coordinator
 # reconstruct training images. Only the hospital itself should change this to true.
 privacy_none: false
+
+# A study with a guarantee (differential privacy) promises that what leaves is nearly the same with
+# or without any one patient. Epsilon bounds how much it may differ, delta is the chance that the
+# bound does not hold. The smaller, the better for patients and the worse for the model.
+#
+# The most that one study may promise. 8 is the weakest that the field still takes for a guarantee
+# (published segmentation and image models use 1 to 8); below 1 little is learnt from few patients.
+# delta must stay far below one over the number of patients in a study: 0.0001 is right up to about
+# a thousand patients. `null`: up to the budget in all, below.
+largest_epsilon: 8
+largest_delta: 0.0001
+
+# What any patient may be charged over all studies together, as this hospital's ledger counts it
+# (fedseg-site ledger budget). Room for one study at the largest epsilon, or for eight of epsilon 3.
+# A study that does not fit into what is left for each of its patients is refused when it is to be
+# approved. There must be a number here: without one no study with a guarantee is allowed.
+total_epsilon: 10
+total_delta: 0.0001
+
+# What may leave besides updates, at most: none, suppressed (only where it is about at least
+# suppress_below patients) or plain; metrics also noised (with noise that the guarantee counts).
+# counts: how many patients and images; losses: the training error; metrics: the quality on patients
+# who are held back. `null`: in a study with a guarantee only what the guarantee covers (noised
+# metrics), in one without whatever the plan says, since its updates tell more anyway.
+counts: null
+losses: null
+metrics: null
+
+# Where a plan suppresses numbers about few patients, it must do so below at least this many. 5 is a
+# usual threshold of official statistics.
+suppress_below: 5
 
 # At most so many rounds of training in a study.
 largest_rounds: null
@@ -53,6 +99,14 @@ class Policy(Frozen):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     privacy_none: bool = False
+    largest_epsilon: Positive | None = 8.0
+    largest_delta: Delta | None = 1e-4
+    total_epsilon: Positive | None = 10.0
+    total_delta: Delta | None = 1e-4
+    counts: Literal["none", "suppressed", "plain"] | None = None
+    losses: Literal["none", "suppressed", "plain"] | None = None
+    metrics: Openness | None = None
+    suppress_below: Count | None = 5
     largest_rounds: Count | None = None
     largest_attempts: Count | None = None
     smallest_cohort: Count | None = None
@@ -119,7 +173,7 @@ def rules(policy: Policy, plan: StudyPlan, training_patients: int | None) -> tup
     Args:
         training_patients: this site's usable ones, or None while they are not counted yet.
     """
-    found = [_privacy(policy, plan)]
+    found = [_privacy(policy, plan), *_budget(policy, plan), *_outputs(policy, plan)]
     asked = plan.aggregation
     if policy.largest_rounds is not None:
         found.append(_at_most("largest_rounds", "rounds", policy.largest_rounds, asked.rounds))
@@ -152,6 +206,29 @@ def authorise(policy: Policy, plan: StudyPlan, training_patients: int | None = N
         )
 
 
+def limits_of(policy: Policy) -> Limits:
+    """What the hospital allows any patient to be charged.
+
+    Raises:
+        PrivacyError: no budget is set; the message names the rule.
+    """
+    from fedseg.privacy.ledger import Limits
+
+    epsilon, delta = policy.total_epsilon, policy.total_delta
+    if epsilon is None or delta is None:
+        name = "total_epsilon" if epsilon is None else "total_delta"
+        raise PrivacyError(
+            f"this hospital's policy.yaml sets no {name}: without a budget in all no study with a "
+            "privacy guarantee is allowed; write a number"
+        )
+    return Limits(
+        study_epsilon=policy.largest_epsilon or epsilon,
+        study_delta=policy.largest_delta or delta,
+        total_epsilon=epsilon,
+        total_delta=delta,
+    )
+
+
 def open_at(policy: Policy, local: datetime) -> bool:
     """Whether tasks may be worked on at this moment of local time."""
     if policy.hours is None:
@@ -169,6 +246,56 @@ def _privacy(policy: Policy, plan: StudyPlan) -> Rule:
     if plan.privacy.guarantee == "none":
         broken = "the plan has none; images may be reconstructed from updates"
     return Rule("privacy_none", "no study without a privacy guarantee", broken)
+
+
+def _budget(policy: Policy, plan: StudyPlan) -> Iterator[Rule]:
+    """What a guarantee may cost patients; nothing where there is none."""
+    promise = plan.private
+    if promise is None:
+        return
+    for name, most, asked in (
+        ("largest_epsilon", policy.largest_epsilon, promise.epsilon),
+        ("largest_delta", policy.largest_delta, promise.delta),
+    ):
+        if most is not None:
+            broken = f"the plan asks for {asked:g}" if asked > most else None
+            yield Rule(name, f"at most {name[8:]} {most:g} for one study", broken)
+    for name, total, asked in (
+        ("total_epsilon", policy.total_epsilon, promise.epsilon),
+        ("total_delta", policy.total_delta, promise.delta),
+    ):
+        if total is None:
+            says, broken = "a budget of each patient over all studies", "no budget is set"
+        else:
+            says = f"each patient at most {name[6:]} {total:g} over all studies, by the ledger"
+            broken = f"the plan alone asks for {asked:g}" if asked > total else None
+        yield Rule(name, says, broken)
+
+
+def _outputs(policy: Policy, plan: StudyPlan) -> Iterator[Rule]:
+    """What may leave besides updates."""
+    outputs = plan.privacy.outputs
+    asked: dict[str, Openness] = {
+        "counts": outputs.counts,
+        "losses": outputs.losses,
+        "metrics": outputs.metrics,
+    }
+    for name, wanted in asked.items():
+        most: Openness | None = getattr(policy, name)
+        if most is None and plan.private is None:
+            continue
+        most = most or "noised"
+        broken = None
+        if OPENNESS.index(wanted) > OPENNESS.index(most):
+            broken = f"the plan lets them leave {wanted}"
+        yield Rule(name, f"{name} leave {_MOST[most]}", broken)
+    least = policy.suppress_below
+    if least is not None and "suppressed" in asked.values():
+        few = outputs.suppress_below
+        broken = f"the plan says {few}" if few < least else None
+        yield Rule(
+            "suppress_below", f"suppressed numbers are about {least} patients or more", broken
+        )
 
 
 def _at_most(name: str, what: str, most: int, asked: int) -> Rule:

@@ -6,12 +6,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from small_plans import built_plan
+from small_plans import built_plan, private_plan
 
 from fedseg.errors import DataError, PrivacyError
-from sites.policy import TEMPLATE, Policy, authorise, load_policy, open_at, rules
+from sites.policy import TEMPLATE, Policy, authorise, limits_of, load_policy, open_at, rules
 
 OPEN = Policy(privacy_none=True)
+PROMISE = {"privacy__epsilon": 8.0, "privacy__delta": 1e-5}
 
 
 def policy_file(path: Path, text: str) -> Path:
@@ -60,6 +61,11 @@ def test_patients_that_are_not_counted_yet_break_nothing() -> None:
         "privacy_nothing: true",
         "largest_rounds: 0",
         "largest_rounds: true",
+        "largest_epsilon: 0",
+        "largest_epsilon: .inf",
+        "total_delta: 1",
+        "counts: noised",
+        "metrics: some",
         "hours: 20-06",
         "hours: '20:00-20:00'",
         "privacy_none: false\nprivacy_none: true",
@@ -95,3 +101,68 @@ def test_hours_may_cross_midnight(hours: str, time: str, open_: bool) -> None:
     moment = datetime.fromisoformat(f"2026-05-03T{time}:30").replace(tzinfo=UTC)
     assert open_at(Policy(hours=hours), moment) is open_
     assert open_at(Policy(), moment)
+
+
+def test_the_template_allows_a_guarantee_and_only_what_it_covers() -> None:
+    authorise(Policy(), private_plan(**PROMISE), 4)
+    for output in ("counts", "losses", "metrics"):
+        with pytest.raises(PrivacyError, match=f"{output} .*leave plain") as caught:
+            authorise(Policy(), private_plan(**PROMISE, **{f"privacy__outputs__{output}": "plain"}))
+        assert str(caught.value).count("; ") == 0
+
+
+@pytest.mark.parametrize(
+    ("rule", "limit", "enough"),
+    [
+        ("largest_epsilon", 7.9, 8.0),
+        ("largest_delta", 1e-6, 1e-5),
+        ("total_epsilon", 7.0, 8.0),
+        ("total_delta", 1e-6, 1e-5),
+        ("total_epsilon", None, 8.0),
+        ("total_delta", None, 1e-4),
+    ],
+)
+def test_a_budget_bounds_what_is_promised(rule: str, limit: float | None, enough: float) -> None:
+    with pytest.raises(PrivacyError, match=rf": {rule} \("):
+        authorise(Policy().model_copy(update={rule: limit}), private_plan(**PROMISE))
+    authorise(Policy().model_copy(update={rule: enough}), private_plan(**PROMISE))
+    authorise(OPEN.model_copy(update={rule: limit}), built_plan())
+
+
+@pytest.mark.parametrize("output", ["counts", "losses", "metrics"])
+@pytest.mark.parametrize(
+    ("most", "asked", "kept"),
+    [
+        ("plain", "plain", True),
+        ("suppressed", "plain", False),
+        ("suppressed", "suppressed", True),
+        ("none", "suppressed", False),
+        ("none", "none", True),
+    ],
+)
+def test_outputs_leave_as_openly_as_the_policy_says(
+    output: str, most: str, asked: str, kept: bool
+) -> None:
+    changes = {f"privacy__outputs__{output}": asked, "aggregation__weighting": "uniform"}
+    open_ = built_plan(privacy__guarantee="none", **changes)
+    for plan in (open_, private_plan(**PROMISE, **changes)):
+        policy = OPEN.model_copy(update={output: most})
+        broken = [rule.name for rule in rules(policy, plan, 4) if rule.broken]
+        assert broken == ([] if kept else [output])
+
+
+def test_few_is_at_least_what_the_policy_calls_few() -> None:
+    few = {"privacy__outputs__counts": "suppressed", "privacy__outputs__suppress_below": 4}
+    plan = private_plan(**PROMISE, **few)
+    with pytest.raises(PrivacyError, match="suppress_below"):
+        authorise(Policy(counts="suppressed"), plan)
+    authorise(Policy(counts="suppressed", suppress_below=4), plan)
+
+
+def test_a_file_that_is_silent_has_the_templates_budget(tmp_path: Path) -> None:
+    silent = load_policy(policy_file(tmp_path, "privacy_none: true"))
+    assert limits_of(silent) == limits_of(Policy())
+    with pytest.raises(PrivacyError, match="total_epsilon"):
+        limits_of(Policy(total_epsilon=None))
+    within = limits_of(Policy(largest_epsilon=None, largest_delta=None))
+    assert (within.study_epsilon, within.study_delta) == (within.total_epsilon, within.total_delta)
