@@ -42,6 +42,7 @@ from fedseg.privacy.ledger.entries import (
     blinded,
     next_row,
     opened_row,
+    patient_key,
     secret_check,
 )
 from fedseg.privacy.ledger.witness import Seen, Witness
@@ -165,6 +166,10 @@ class Ledger:
         """Every row, as last read."""
         return tuple(self._rows)
 
+    def key_of(self, patient: str) -> Patient:
+        """What the ledger calls a patient; see `patient_key`."""
+        return patient_key(self._secret, patient)
+
     def refresh(self) -> Book:
         """What the ledger says now, other processes' rows included."""
         with self._turn:
@@ -181,7 +186,8 @@ class Ledger:
     ) -> None:
         """Freeze a study's cohort and schedule, if all of it fits; at approval.
 
-        The same register again is nothing new; another one is taken while nothing was reserved.
+        The same register again is nothing new, or opens a study again that was closed, with what
+        its schedule has left; another one is taken while nothing was reserved.
 
         Args:
             event: cohort and schedule. The schedule counts every attempt that may be answered.
@@ -460,15 +466,18 @@ def _require_room_for_all(book: Book, event: Registered, limits: Limits) -> None
     """Refuse a study that some patient could not see through to its end."""
     rule = _filter(book, limits)
     sums = _Sums(book, rule, without=event.study)
+    study = book.studies.get(event.study)
+    again = study is not None and study.registered == event
+    schedule = book.left(event.study) if again else event.schedule
     short = 0
     for use, cohort in (("train", event.train), ("val", event.val)):
-        cost = rule.cost(each.mechanism for each in event.schedule if each.use == use)
+        cost = rule.cost(each.mechanism for each in schedule if each.use == use)
         short += sum(not rule.room(sums.spent(p) + sums.promised(p), cost) for p in cohort)
     if short:
         raise PrivacyError(
             f"{short} of the {len(event.train) + len(event.val)} patients have too little of their "
-            f"budget left for all of {event.study} (in all, epsilon {limits.total_epsilon:g} at "
-            f"delta {limits.total_delta:g}): leave them out or refuse the study"
+            f"budget left for all of {event.study} (total_epsilon {limits.total_epsilon:g} at "
+            f"total_delta {limits.total_delta:g}): leave them out or refuse the study"
         )
 
 
@@ -485,8 +494,8 @@ def _require_room(
         short += not rule.room(sums.spent(patient), cost)
     if short:
         raise PrivacyError(
-            f"{short} patients have no budget left for this (in all, epsilon "
-            f"{limits.total_epsilon:g} at delta {limits.total_delta:g}): no training"
+            f"{short} patients have no budget left for this (total_epsilon "
+            f"{limits.total_epsilon:g} at total_delta {limits.total_delta:g}): no training"
         )
 
 
