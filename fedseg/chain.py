@@ -227,8 +227,9 @@ def _entries(path: Path) -> Iterator[tuple[int, Entry]]:
                 number += 1
                 if len(line) > MAX_LINE_BYTES:
                     raise TrustError(f"line {number} of the audit is too long to be one of ours")
-                if line.endswith(b"\n"):
-                    yield number, _parsed(line, f"line {number} of the audit")
+                if not line.endswith(b"\n"):
+                    return  # torn, or being written now: its rest would not be a line
+                yield number, _parsed(line, f"line {number} of the audit")
     except OSError as error:
         raise TrustError(f"cannot read the audit {path.name}: {error.strerror}") from None
 

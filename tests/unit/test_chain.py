@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -160,6 +162,7 @@ def test_a_full_disk_is_an_error_and_leaves_whole_lines(
 
 SCRIPT = """
 import sys
+import threading
 from pathlib import Path
 from fedseg.chain import Chain
 from fedseg.security.keys import load_signing_key
@@ -182,3 +185,41 @@ def test_several_processes_append_in_turn(tmp_path: Path) -> None:
     for name in "ab":
         own = [entry.facts["round"] for entry in found if entry.facts["site"] == name]
         assert own == list(range(20))
+
+
+def test_two_logs_of_one_process_append_in_turn_while_others_read(tmp_path: Path) -> None:
+    """The trainer has the audit open twice: as its chronicle, and as the ledger's witness."""
+    chain(tmp_path).append("started")
+    own = [chain(tmp_path), chain(tmp_path)]
+
+    def write(log: Chain, name: str) -> None:
+        for number in range(25):
+            log.append("answered", site=name, round=number, reason="x" * 3000)
+
+    writers = [threading.Thread(target=write, args=pair) for pair in zip(own, "ab", strict=True)]
+    for writer in writers:
+        writer.start()
+    seen = 0
+    while any(writer.is_alive() for writer in writers):
+        found = verified(tmp_path)
+        assert len(found) >= seen
+        seen = len(found)
+    assert [entry.n for entry in verified(tmp_path)] == list(range(1, 52))
+
+
+def test_a_line_that_is_being_written_is_not_read_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader that meets half a line must not take what comes next for a line of its own."""
+    chain(tmp_path).append("started")
+    chain(tmp_path).append("stopped")
+    whole = (tmp_path / "audit.jsonl").read_bytes()
+    first, second = whole.splitlines(keepends=True)
+
+    class Growing(io.BytesIO):
+        def readline(self, size: int | None = -1) -> bytes:
+            return parts.pop(0) if parts else b""
+
+    parts = [first, second[:40], second[40:]]
+    monkeypatch.setattr(Path, "open", lambda *_: Growing())
+    assert [entry.event for entry in read_chain(tmp_path / "audit.jsonl")] == ["started"]
