@@ -134,6 +134,38 @@ def test_a_register_is_frozen_once_anybody_was_charged(ledger: Ledger) -> None:
         registered(ledger, study(train=range(8)))
 
 
+def test_a_closed_study_opens_again_with_what_it_has_left(ledger: Ledger) -> None:
+    ledger.reserve(digest("1"), "liver", "train", STEP, LIMITS)
+    ledger.close("liver", "refused")
+    with pytest.raises(PrivacyError, match="frozen"):
+        registered(ledger, study(train=range(9)))
+    ledger.withdraw(patient(3), "asked for it")
+    registered(ledger, study())
+    assert ledger.book.studies["liver"].closed is None
+    assert ledger.book.left("liver")[0].mechanism.steps == 15
+    for task in "234":
+        ledger.reserve(digest(task), "liver", "train", STEP, LIMITS)
+    with pytest.raises(PrivacyError, match="schedule"):
+        ledger.reserve(digest("5"), "liver", "train", STEP, LIMITS)
+
+
+def test_a_closed_study_takes_back_its_place_only_where_there_is_room(ledger: Ledger) -> None:
+    tight = replace(LIMITS, total_epsilon=LIMITS.study_epsilon)
+    ledger.reserve(digest("1"), "liver", "train", STEP, LIMITS)
+    ledger.close("liver", "refused")
+    registered(ledger, study("brain"), tight)
+    for task in "234":
+        ledger.reserve(digest(task), "brain", "train", STEP, LIMITS)
+    with pytest.raises(PrivacyError, match=r"too little.*total_epsilon"):
+        registered(ledger, study(), replace(LIMITS, total_epsilon=4.0))
+
+
+def test_a_closed_study_that_was_never_charged_may_have_another_register(ledger: Ledger) -> None:
+    ledger.close("liver", "refused")
+    registered(ledger, study(train=range(9)))
+    assert len(ledger.book.studies["liver"].train) == 9
+
+
 def test_a_promise_that_the_schedule_does_not_keep_is_refused(ledger: Ledger) -> None:
     event = study("brain")
     work = [each.mechanism for each in event.schedule if each.use == "train"]

@@ -201,14 +201,16 @@ class Book:
         return tuple(d for d in self.debits.values() if d.everyone or counts[d.study, d.use])
 
     def require_new_register(self, event: Registered) -> None:
-        """Accept a study's register.
+        """Accept a study's register; the same one opens a closed study again.
 
         Raises:
             PrivacyError: work was done under another one.
             DataError: a patient is in it twice, withdrawn, or goes by another id now.
         """
         study = self.studies.get(event.study)
-        if study is not None and (study.closed or self._used(event.study)):
+        if study is not None and study.registered == event:
+            return
+        if self._used(event.study):
             raise PrivacyError(
                 f"the register of {event.study} is frozen, since patients were charged under it: "
                 "a changed cohort, plan or schedule is another study, under another name"
