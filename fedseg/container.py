@@ -35,19 +35,22 @@ _PLACES = {np.dtype(dtype).str[1:]: place for place, dtype in enumerate(_DTYPES.
 _CODES = dict(zip(_PLACES, _DTYPES, strict=True))
 
 
-def pack(header: BaseModel, arrays: Arrays | None = None) -> bytes:
+def pack(header: BaseModel, arrays: Arrays | None = None, head_bytes: int = 0) -> bytes:
     """Write a header and named arrays; equal inputs give equal bytes.
+
+    Args:
+        head_bytes: the least size of what stands before the tensors; it is filled up with spaces.
 
     Raises:
         ValueError: an array is of a type that containers do not carry.
     """
-    return b"".join(packed(header, arrays))
+    return b"".join(packed(header, arrays, head_bytes))
 
 
-def packed(header: BaseModel, arrays: Arrays | None = None) -> list[Buffer]:
+def packed(header: BaseModel, arrays: Arrays | None = None, head_bytes: int = 0) -> list[Buffer]:
     """The pieces whose sum is `pack`: the head, then views of the arrays, which must not change.
 
-    Byte for byte what the safetensors library writes.
+    Byte for byte what the safetensors library writes, unless the head is filled up.
 
     Raises:
         ValueError: an array is of a type that containers do not carry.
@@ -69,6 +72,7 @@ def packed(header: BaseModel, arrays: Arrays | None = None) -> list[Buffer]:
         little = array.astype(array.dtype.newbyteorder("<"), copy=False)
         pieces.append(little.reshape(-1).view(np.uint8).data)
     text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    text = text.ljust(head_bytes - 8)
     text += b" " * (-len(text) % _ALIGNMENT)
     return [struct.pack("<Q", len(text)), text, *pieces]
 

@@ -80,7 +80,8 @@ def weighted_mean(pairs: Iterable[tuple[float | None, int | None]]) -> float | N
 class SiteAnswer(Frozen):
     """What one site answered in one stage. `scores` is metric -> label -> mean over patients.
 
-    `patients` is None where the site withholds how many they are.
+    `patients` is None where the site withholds how many they are. `head` is the blinded head of
+    its ledger, where it keeps one.
     """
 
     site: str
@@ -89,6 +90,7 @@ class SiteAnswer(Frozen):
     loss: float | None = None
     scores: dict[str, Scores] = {}
     bytes_up: int
+    head: str | None = None
 
     @property
     def mean_dice(self) -> float | None:

@@ -9,18 +9,20 @@ minus the model of the task.
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, FiniteFloat
 
 from fedseg.arrays import Arrays, digest_of
-from fedseg.container import pack, peek, unpack
+from fedseg.container import pack, packed, peek, unpack
 from fedseg.durable import Buffer
 from fedseg.errors import TrustError
 from fedseg.frozen import Digest, Frozen, Name, SiteName
 from fedseg.plan import StudyPlan, TensorSpec
+from fedseg.promise import Openness
 from fedseg.security.identity import SignedRoll
 
 StageName = Literal["enlist", "train", "evaluate", "release"]
@@ -28,6 +30,8 @@ SplitName = Literal["train", "val", "test"]
 RefusalCode = Literal["plan", "roster", "task", "data", "not_finite", "failed"]
 NotNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 
+# What a site says of a failure under a private plan, where more would tell of its data.
+COARSER: Mapping[RefusalCode, RefusalCode] = {"data": "failed", "not_finite": "failed"}
 HEADER_ROOM = 2 * 1024 * 1024  # a list of sites fits
 TENSOR_ROOM = 1024
 
@@ -38,6 +42,8 @@ class TaskHeader(Frozen):
     Attributes:
         model: digest of the tensors that travel with it.
         roll: who takes part, when sites enlist; None in a simulation and in every other stage.
+        heads: the last blinded head of its ledger that each site's answers have carried. A site
+            that does not know its own was put back to an older state, and refuses.
     """
 
     format: Literal["fedseg-task/1"] = "fedseg-task/1"
@@ -48,6 +54,7 @@ class TaskHeader(Frozen):
     attempt: Annotated[int, Field(ge=1)]
     model: Digest | None
     roll: SignedRoll | None = None
+    heads: dict[SiteName, Digest] = {}
 
 
 class Enlisted(Frozen):
@@ -97,12 +104,18 @@ Body = Annotated[Enlisted | Trained | Evaluated | Received | Refused, Field(disc
 
 
 class AnswerHeader(Frozen):
-    """What a site answers to one task."""
+    """What a site answers to one task.
+
+    Attributes:
+        head: of the site's ledger, blinded: outside it says nothing, and the next task brings it
+            back. None where the site keeps no ledger for the study.
+    """
 
     format: Literal["fedseg-answer/1"] = "fedseg-answer/1"
     task: Digest
     site: SiteName
     body: Body
+    head: Digest | None = None
 
 
 class AnswerError(TrustError):
@@ -156,9 +169,43 @@ def require_place(header: TaskHeader, plan: StudyPlan) -> None:
         raise TrustError("the task asks for a round or an attempt that the plan does not have")
 
 
-def seal_answer(header: AnswerHeader, delta: Arrays | None = None) -> bytes:
-    """Write an answer."""
-    return pack(header, delta)
+def seal_answer(
+    header: AnswerHeader, delta: Arrays | None = None, plan: StudyPlan | None = None
+) -> bytes:
+    """Write an answer.
+
+    Args:
+        plan: where it is a private one, the answer's length follows from the plan, the site's name
+            and the kind of body alone, whatever numbers the body holds.
+    """
+    if plan is None or plan.private is None:
+        return pack(header, delta)
+    return pack(header, delta, head_bytes=_longest_head(header, delta, plan))
+
+
+def _longest_head(header: AnswerHeader, delta: Arrays | None, plan: StudyPlan) -> int:
+    """How long the head of an answer of this kind can get."""
+    longest = header.model_copy(update={"body": _longest_body(header.body, plan), "head": "f" * 64})
+    return len(packed(longest, delta)[1]) + 8
+
+
+def _longest_body(body: Body, plan: StudyPlan) -> Body:
+    """The body of this kind that takes the most bytes under a plan."""
+    count, number = 2**31 - 1, -2.2250738585072014e-308
+    splits: tuple[SplitName, ...] = get_args(SplitName)
+    match body:
+        case Enlisted():
+            most = dict.fromkeys(splits, count)
+            return Enlisted(patients=most, cases=most, left_out=count)
+        case Trained():
+            return Trained(patients=count, steps=count, loss=number)
+        case Evaluated():
+            scores = dict.fromkeys(plan.task.labels, number)
+            return Evaluated(patients=count, scores=dict.fromkeys(plan.evaluation.metrics, scores))
+        case Received():
+            return body
+        case Refused():
+            return Refused(code=max(get_args(RefusalCode), key=len))
 
 
 def open_answer(
@@ -181,7 +228,8 @@ def open_answer(
         model: digest of the model that was sent; None where none was.
 
     Raises:
-        AnswerError: with code `malformed`, `stale`, `site`, `stage` or `not_finite`.
+        AnswerError: with code `malformed` (a number that the plan withholds makes an answer so,
+            too), `stale`, `site`, `stage` or `not_finite`, or with the site's own where it refused.
     """
     limit = message_limit(plan.built.tensors if stage == "train" else ())
     try:
@@ -195,10 +243,12 @@ def open_answer(
     if site is not None and header.site != site:
         raise AnswerError("site", f"the node of {site} answered as {header.site}")
     if header.body.kind == "refused":
+        if plan.private and header.body.code in COARSER:
+            raise AnswerError("malformed", "a refusal says more than the private plan lets out")
         raise AnswerError(header.body.code, "the site refused or failed; its audit has the reason")
     if header.body.kind != stage:
         raise AnswerError("stage", f"a {header.body.kind} answer came in the stage {stage}")
-    wrong = _outside_plan(header.body, plan, model)
+    wrong = _outside_plan(header.body, plan, model) or _not_let_out(header.body, plan)
     if wrong:
         raise AnswerError("malformed", wrong)
     bad = [name for name, array in delta.items() if not np.isfinite(array).all()]
@@ -225,6 +275,40 @@ def _outside_plan(body: Body, plan: StudyPlan, model: str | None) -> str | None:
                 return "the scores name labels that the plan has not"
             if not all(0 <= value <= highest for value in known):
                 return f"a {metric} is outside its range"
+    return None
+
+
+def _not_let_out(body: Body, plan: StudyPlan) -> str | None:
+    """Which number an answer says although the plan withholds it, or None.
+
+    A hospital may withhold more than the plan asks. Of few patients, only what an answer says
+    itself can be held against `suppress_below`.
+    """
+    outputs = plan.privacy.outputs
+    few = body.patients if isinstance(body, Trained | Evaluated) else None
+    said: list[tuple[str, Openness, int | None, bool]] = []
+    if isinstance(body, Enlisted):
+        for split in body.patients.keys() | body.cases.keys():
+            patients, cases = body.patients.get(split), body.cases.get(split)
+            there = patients is not None or cases is not None
+            said.append((f"counts of {split}", outputs.counts, patients, there))
+            if outputs.counts == "suppressed" and patients is None and cases is not None:
+                return "cases are told of patients whose number is suppressed"
+        if body.left_out is not None and outputs.counts != "plain":
+            return "the number of cases left out is told, which the plan withholds"
+    if isinstance(body, Trained | Evaluated):
+        said.append(("the number of patients", outputs.counts, few, few is not None))
+    if isinstance(body, Trained):
+        said.append(("a loss", outputs.losses, few, body.loss is not None))
+    if isinstance(body, Evaluated):
+        told = any(v is not None for scores in body.scores.values() for v in scores.values())
+        said.append(("scores", outputs.metrics, few, told))
+    for what, openness, patients, there in said:
+        if there and openness == "none":
+            return f"{what}: told, although the plan withholds it"
+        scarce = patients is not None and patients < outputs.suppress_below
+        if there and openness == "suppressed" and scarce:
+            return f"{what}: told of too few patients, which the plan suppresses"
     return None
 
 

@@ -34,6 +34,7 @@ HEADER: Mapping[str, About] = {
     "task": "protocol",
     "site": "protocol",
     "body": "protocol",
+    "head": "protocol",
 }
 BODIES: Mapping[type[Body], Mapping[str, About]] = {
     Enlisted: {"kind": "protocol", "patients": "counts", "cases": "counts", "left_out": "counts"},

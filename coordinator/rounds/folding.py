@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Collection
+from typing import Any
 
 from coordinator.rounds.asking import Arrival
 from coordinator.rounds.events import Observer, SiteAnswered, SiteFailed
@@ -153,14 +154,13 @@ def _data_of(message: Arrival) -> bytes:
 
 def _answer_of(header: AnswerHeader, size: int) -> SiteAnswer:
     """What the record keeps of an answer."""
-    site, body = header.site, header.body
+    answer = SiteAnswer(site=header.site, patients=0, bytes_up=size, head=header.head)
+    body = header.body
+    said: dict[str, Any] = {}
     if isinstance(body, Trained):
-        return SiteAnswer(
-            site=site, patients=body.patients, steps=body.steps, loss=body.loss, bytes_up=size
-        )
-    if isinstance(body, Enlisted):
-        return SiteAnswer(site=site, patients=body.patients.get("train", 0), bytes_up=size)
-    if isinstance(body, Evaluated):
-        return SiteAnswer(site=site, patients=body.patients, scores=body.scores, bytes_up=size)
-    assert body.kind == "release"
-    return SiteAnswer(site=site, patients=0, bytes_up=size)
+        said = {"patients": body.patients, "steps": body.steps, "loss": body.loss}
+    elif isinstance(body, Enlisted):
+        said = {"patients": body.patients.get("train", 0)}
+    elif isinstance(body, Evaluated):
+        said = {"patients": body.patients, "scores": body.scores}
+    return answer.model_copy(update=said)

@@ -41,6 +41,7 @@ from fedseg.aggregation.rounds import (
     require_attempts_left,
 )
 from fedseg.plan import StudyPlan
+from fedseg.result import StageRecord
 from fedseg.security.identity import SignedRoll
 from fedseg.updates import StageName
 
@@ -89,6 +90,7 @@ class Study:
         self._exchange: Exchange = exchange or Plain()
         self._roster = Roster()
         self._begun = False
+        self._history: tuple[StageRecord, ...] = ()
         self._roll: SignedRoll | None = None
         self._courted = self._offered = Spacing(AGAIN_S, LONGEST_AGAIN_S)
 
@@ -100,6 +102,7 @@ class Study:
         """
         self._destroy_leftovers(state)
         self._begin_anew()
+        self._history = state.history
         if state.position is not None:
             self._wait(lambda: len(list(self._grid.get_node_ids())) >= self._expected)
             if state.position.stage != "enlist":
@@ -132,6 +135,7 @@ class Study:
         """
         if not self._begun or self._exchange.changed():
             self._begin_anew()
+        self._history = state.history
         self._court()
         lacking = self.lacking(state)
         here = [n for n in self._online() if self._roster.site_of(n) in lacking]
@@ -156,6 +160,7 @@ class Study:
         outcome = self._ask(position, task, nodes, absent=absent)
         state = close_stage(state, self._plan, outcome)
         self._store.save(state)
+        self._history = state.history
         if not position.same_stage(state.position):
             self._exchange.closed(position)
         self._observe(StageClosed(state.history[-1], self._clock.now() - started))
@@ -193,7 +198,8 @@ class Study:
     def _enlist(self, nodes: list[int], at_most_s: float) -> None:
         """Ask nodes to enlist beside the stages of the study."""
         if nodes:
-            self._ask(ENLIST, partial(enlist_task, self._plan, self._roll), nodes, at_most_s)
+            task = partial(enlist_task, self._plan, self._roll, self._history)
+            self._ask(ENLIST, task, nodes, at_most_s)
             self._exchange.closed(ENLIST)
             self._courted.tried(nodes, self._clock.now())
 

@@ -8,7 +8,7 @@ the same bits. A stage that too few sites answered is tried again, as often as t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from fedseg.aggregation.accumulate import MAX_WEIGHT, MeanAccumulator
@@ -88,22 +88,31 @@ def open_stage(state: StudyState, plan: StudyPlan, roll: SignedRoll | None = Non
     Args:
         roll: who takes part; told to the sites when they enlist.
     """
-    position = _open_position(state)
+    position, heads = _open_position(state), last_heads(state.history)
     if position.stage == "enlist":
-        return _task(plan, position, None, roll)
+        return _task(plan, position, None, roll, heads)
     if position.stage == "train":
-        return _task(plan, position, state.server.model)
-    return _task(plan, position, state.server.released(plan.aggregation))
+        return _task(plan, position, state.server.model, None, heads)
+    return _task(plan, position, state.server.released(plan.aggregation), None, heads)
 
 
-def enlist_task(plan: StudyPlan, roll: SignedRoll | None = None) -> bytes:
+def enlist_task(
+    plan: StudyPlan, roll: SignedRoll | None = None, history: Sequence[StageRecord] = ()
+) -> bytes:
     """The task that asks sites to enlist: when a study is resumed, or others take part."""
-    return _task(plan, ENLIST, None, roll)
+    return _task(plan, ENLIST, None, roll, last_heads(history))
 
 
 def release_task(state: StudyState, plan: StudyPlan) -> bytes:
     """The last task of a finished study once more: the same bytes, for a site that lacks them."""
-    return _task(plan, release_position(state), state.server.released(plan.aggregation))
+    position, model = release_position(state), state.server.released(plan.aggregation)
+    return _task(plan, position, model, None, last_heads(state.history[:-1]))
+
+
+def last_heads(history: Sequence[StageRecord]) -> dict[str, str]:
+    """The last blinded head of each site's ledger, by site: what its next task acknowledges."""
+    found = {a.site: a.head for record in history for a in record.answers if a.head is not None}
+    return dict(sorted(found.items()))
 
 
 def release_position(state: StudyState) -> Position:
@@ -199,7 +208,11 @@ def _require_weights_that_fit(plan: StudyPlan, outcome: Outcome) -> None:
 
 
 def _task(
-    plan: StudyPlan, position: Position, model: Model | None, roll: SignedRoll | None = None
+    plan: StudyPlan,
+    position: Position,
+    model: Model | None,
+    roll: SignedRoll | None,
+    heads: dict[str, str],
 ) -> bytes:
     """The task of one position."""
     header = TaskHeader(
@@ -210,6 +223,7 @@ def _task(
         attempt=position.attempt,
         model=None if model is None else digest_of(model),
         roll=roll,
+        heads=heads,
     )
     return seal_task(header, model)
 

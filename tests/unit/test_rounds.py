@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,31 @@ def test_a_site_that_missed_the_release_gets_the_same_task_later() -> None:
     assert more.history[:-1] == last.history[:-1] and more.server is last.server
     with pytest.raises(ValueError, match="not finished"):
         release_task(away[-2], plan)
+
+
+def test_a_task_brings_each_site_the_last_head_of_its_ledger() -> None:
+    plan = built_plan()
+    states = run_purely(first_state(plan, tiny_model()), plan)
+    heads = [f"{n:064x}" for n in range(len(states))]
+    history = tuple(
+        record.model_copy(
+            update={
+                "answers": tuple(
+                    a.model_copy(update={"head": heads[n] if a.site == "site_a" else None})
+                    for a in record.answers
+                )
+            }
+        )
+        for n, record in enumerate(states[-1].history)
+    )
+    for n, state in enumerate(states[:-1]):
+        so_far = replace(state, history=history[:n])
+        header = open_task(open_stage(so_far, plan), plan)[0]
+        assert header.heads == ({"site_a": heads[n - 1]} if n else {})
+    last = replace(states[-1], history=history)
+    assert open_task(enlist_task(plan, None, last.history), plan)[0].heads == {"site_a": heads[n]}
+    before = replace(states[-2], history=history[:-1])
+    assert release_task(last, plan) == open_stage(before, plan)  # although some have received it
 
 
 def late(position: Position) -> bool:

@@ -9,16 +9,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load
 from small_plans import answer, body_of, built_plan, tiny_model
 
 from fedseg.arrays import digest_of, seed_for
+from fedseg.container import unpack
+from fedseg.plan import StudyPlan
 from fedseg.updates import (
     AnswerError,
+    AnswerHeader,
+    Body,
+    Enlisted,
+    Evaluated,
     Refused,
     TaskHeader,
+    Trained,
     message_limit,
     open_answer,
     open_task,
+    seal_answer,
     seal_task,
     task_digest,
 )
@@ -133,3 +142,58 @@ def test_seeds_come_from_names_alone() -> None:
     assert len(set(seeds)) == 5
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert seed_for(0, "hospital_a", 1, "patches") == seed_for(0, "hospital_a", 1, "patches")
+
+
+def private_plan() -> StudyPlan:
+    return built_plan(
+        privacy={
+            "guarantee": "local",
+            "epsilon": 8.0,
+            "delta": 1e-5,
+            "clip_norm": 1.0,
+            "expected_patients": 10,
+        },
+        aggregation__weighting="uniform",
+        training={"gradient_clip_norm": None},
+    )
+
+
+SCORES = [
+    {"dice": {"anterior": a, "posterior": b}}
+    for a, b in ((None, None), (1.0, 0.0), (0.123456789012345678, 5e-324), (0.5, None))
+]
+
+
+@pytest.mark.parametrize(
+    "bodies",
+    [
+        [
+            Trained(patients=n, steps=20, loss=x)
+            for n, x in ((None, None), (9, 0.5), (10**6, 5e-324))
+        ],
+        [Evaluated(patients=3, scores=scores) for scores in SCORES],
+        [
+            Enlisted(patients={}, cases={}, left_out=None),
+            Enlisted(patients={"train": 1234}, cases={"train": None, "val": 3}, left_out=17),
+        ],
+        [Refused(code="plan"), Refused(code="not_finite"), Refused(code="failed")],
+    ],
+)
+def test_a_private_answers_length_does_not_depend_on_what_it_says(bodies: list[Body]) -> None:
+    plan, delta = private_plan(), tiny_model() if isinstance(bodies[0], Trained) else None
+    sizes, open_sizes = set(), set()
+    for body in bodies:
+        for head in (None, "e" * 64):
+            header = AnswerHeader(task="a" * 64, site="site_a", body=body, head=head)
+            data = seal_answer(header, delta, plan)
+            sizes.add(len(data))
+            open_sizes.add(len(seal_answer(header, delta, PLAN)))
+            schema = plan.built.tensors if delta else ()
+            limit = message_limit(schema)
+            opened, tensors = unpack(data, AnswerHeader, max_bytes=limit, schema=schema)
+            assert opened == header
+            assert digest_of(tensors) == digest_of(delta or {})
+            if delta:
+                assert load(data).keys() == delta.keys()  # the safetensors library reads it too
+    assert len(sizes) == 1
+    assert len(open_sizes) > 1
