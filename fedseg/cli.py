@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from fedseg import __version__
-from fedseg.commands import demo, federation, models, phantoms, plans, simulations
+from fedseg.commands import demo, federation, models, phantoms, plans, pretrain, simulations
 from fedseg.shell import run
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app.add_typer(plans.app, name="plan")
 app.command("demo", epilog=demo.EPILOG)(demo.run)
 app.command("federation", epilog=federation.EPILOG)(federation.run)
 app.command("phantoms", epilog=phantoms.EPILOG)(phantoms.write)
+app.command("pretrain", epilog=pretrain.EPILOG)(pretrain.run)
 app.command("simulate", epilog=simulations.EPILOG)(simulations.run)
 app.command("evaluate", epilog=models.EVALUATE_EPILOG)(models.evaluate)
 app.command("predict", epilog=models.PREDICT_EPILOG)(models.predict)

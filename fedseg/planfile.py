@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
+from fedseg.arrays import schema_of
 from fedseg.durable import write_atomically
-from fedseg.errors import DataError
+from fedseg.errors import DataError, PlanError
 from fedseg.initial import initial_path, load_initial
-from fedseg.modelfile import save_model
+from fedseg.modelfile import load_model, save_model
 from fedseg.plan import InitialModel, StudyPlan, load_plan, parse_plan
 from fedseg.promise import Calibration
 
@@ -31,24 +37,77 @@ def example(name: str = "mr-3d") -> str:
     return (files("fedseg") / "plans" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def build(path: Path) -> StudyPlan:
+def build(path: Path, start: Path | None = None) -> StudyPlan:
     """Make the initial model of a plan and calibrate its noise; record both in the plan file.
 
     The file keeps its comments; only its blocks `initial` and `calibrated` are replaced.
 
+    Args:
+        path: of the plan.
+        start: a model file to start from, of the same network and task; without it the weights
+            come from the plan's seed. The guarantee does not cover who it was trained on.
+
     Raises:
-        PlanError: the plan does not hold, or its network cannot be built.
+        PlanError: the plan does not hold, its network cannot be built, or the model to start from
+            is of another network or task, or not finite.
+        DataError, TrustError: the model file cannot be read or trusted.
     """
     from fedseg.models.zoo import initial_model
     from fedseg.privacy.schedule import calibrated
 
     plan = load_plan(path)
     record, tensors = initial_model(plan)
+    if start is not None:
+        record, tensors = started_from(start, plan, record)
     text = _with_built(path.read_text(encoding="utf-8"), record, calibrated(plan))
     plan = parse_plan(text.encode(), source=path.name)
     save_model(initial_path(path), plan, tensors, arm="initial", rounds=0)
     write_atomically(path, text.encode())
     return plan
+
+
+def started_from(
+    start: Path, plan: StudyPlan, schema: InitialModel
+) -> tuple[InitialModel, dict[str, NDArray[Any]]]:
+    """A model file as the initial model of a plan.
+
+    The patch size may differ; the guarantee and the training may, too.
+
+    Args:
+        schema: the record of any model of the plan's network, for its tensors.
+
+    Raises:
+        PlanError: the model is of another network or task, or not finite.
+        DataError, TrustError: the file cannot be read or trusted.
+    """
+    header, tensors = load_model(start)
+    for field, own, other in _parts(plan, header.plan):
+        if own != other:
+            raise PlanError(
+                f"{start.name} cannot be the initial model: its {field} is {_short(other)}, the "
+                f"plan's is {_short(own)}; pre-train with this plan, or change the plan"
+            )
+    if schema_of(tensors) != schema.tensors:
+        raise PlanError(
+            f"{start.name} cannot be the initial model: its tensors are not those that the plan's "
+            "network has here; the network's code may have another version: pre-train anew"
+        )
+    if not all(np.isfinite(array).all() for array in tensors.values()):
+        raise PlanError(f"{start.name} cannot be the initial model: it holds NaN or infinity")
+    return InitialModel(digest=header.model_digest, tensors=schema.tensors), tensors
+
+
+def _parts(plan: StudyPlan, other: StudyPlan) -> Iterator[tuple[str, object, object]]:
+    """Field by field, what a model belongs to."""
+    yield "model", plan.model, other.model
+    for field in ("dimensions", "channels", "labels", "spacing_mm", "normalisation"):
+        yield f"task.{field}", getattr(plan.task, field), getattr(other.task, field)
+
+
+def _short(value: object) -> str:
+    """A plan's value in one line."""
+    plain = TypeAdapter(Any).dump_python(value, mode="json")
+    return json.dumps(plain)[:200]
 
 
 def write_example(path: Path, text: str) -> None:

@@ -54,10 +54,19 @@ def show(
     Console().print(_table(plan))
 
 
-@app.command(epilog="Example:  fedseg plan build study.yaml")
-def build(path: PlanPath) -> None:
+@app.command(
+    epilog="Examples:  fedseg plan build study.yaml    "
+    "fedseg plan build study.yaml --from model.safetensors"
+)
+def build(
+    path: PlanPath,
+    start: Annotated[
+        Path | None,
+        typer.Option("--from", help="Start from this model, as `fedseg pretrain` writes it."),
+    ] = None,
+) -> None:
     """Make the initial model, and record its digest and tensors in the plan."""
-    plan = planfile.build(path)
+    plan = planfile.build(path, start)
     count = sum(spec.nbytes for spec in plan.built.tensors) // 4
     typer.echo(
         f"wrote {planfile.initial_path(path)} ({count / 1e6:.2f} M parameters); "
