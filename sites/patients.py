@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import overload
 
 from fedseg.imaging.cache import CaseCache
@@ -31,6 +31,11 @@ class PreparedPatients(Mapping[str, Sequence[PreparedCase]]):
 
     def __len__(self) -> int:
         return len(self._cases)
+
+    def without(self, patients: Iterable[str]) -> Mapping[str, Sequence[PreparedCase]]:
+        """All but these patients."""
+        left_out = frozenset(patients)
+        return {name: self[name] for name in self if name not in left_out}
 
     def load(self, case: Case) -> PreparedCase:
         """One prepared case, from memory, the disk cache or the hospital's files."""

@@ -3,7 +3,9 @@
 Long-lived, so that network and prepared cases stay warm. It takes only tasks of the plan it was
 made with; whatever goes wrong, an answer with one coarse code leaves and the reason stays here, in
 the site's journal. Training and evaluation are functions of task and cohort: a task that comes
-again gives the same answer. The last task brings the released model, which is stored for use.
+again gives the same answer. Under a guarantee they are functions of noise as well: nothing is done
+that the hospital's ledger did not pay for, and a task that comes again gets the stored answer. The
+last task brings the released model, which is stored for use.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +21,27 @@ import torch
 
 from fedseg.arrays import Arrays, digest_of
 from fedseg.durable import Buffer
-from fedseg.errors import DataError, FedsegError, NotFiniteError, PlanError, TrustError
+from fedseg.errors import (
+    DataError,
+    FedsegError,
+    NotFiniteError,
+    PlanError,
+    PrivacyError,
+    TrustError,
+)
 from fedseg.evaluation.evaluate import evaluate_cohort
+from fedseg.evaluation.private import measurable, noised_means
 from fedseg.imaging.cache import CaseCache
 from fedseg.imaging.cases import Cohort
-from fedseg.learning.local import train_round
+from fedseg.learning.local import RoundOutcome, train_round
+from fedseg.learning.private import prepare, train_round_privately
 from fedseg.logs import without_its_text
 from fedseg.modelfile import load_model, save_model
+from fedseg.models.parts import freeze
 from fedseg.models.zoo import build_network, load_tensors, state_tensors
 from fedseg.plan import StudyPlan
-from fedseg.result import mean_scores
+from fedseg.privacy.noise import Noise
+from fedseg.result import PatientScores, mean_scores
 from fedseg.updates import (
     AnswerHeader,
     Body,
@@ -42,8 +56,10 @@ from fedseg.updates import (
     seal_answer,
     task_digest,
 )
+from sites.egress import permitted
 from sites.journal import Journal
 from sites.patients import PreparedPatients
+from sites.spending import Account
 from sites.state import OptimiserStates
 
 logger = logging.getLogger(__name__)
@@ -62,6 +78,9 @@ class Trainer:
         models: Path,
         left_out: int = 0,
         device: str = "cpu",
+        account: Account | None = None,
+        noise: Callable[[str], Noise] | None = None,
+        suppress_below: int | None = None,
     ) -> None:
         """Make a trainer.
 
@@ -73,9 +92,24 @@ class Trainer:
             models: where released models are kept, a file a study.
             left_out: cases that the check found unusable; only their number is told.
             device: of torch.
+            account: what private work is paid from; a plan with a guarantee needs one.
+            noise: purpose -> source of chance; by default the operating system's. A seeded one
+                gives no privacy.
+            suppress_below: the hospital's own least number of patients for suppressed numbers.
+
+        Raises:
+            PlanError: the network has nothing to train as the plan says, or its patients' gradients
+                cannot be told apart.
+            PrivacyError: no account for a private plan, or one that does not cover the cohort.
         """
         self._plan, self._cohort, self._left_out = plan, cohort, left_out
+        self._account, self._suppress_below = account, suppress_below
+        self._noise = noise or (lambda _purpose: Noise.from_system())
+        if plan.private is not None:
+            self._paid.require_registered(cohort)
         self._network = build_network(plan.model, plan.task).to(torch.device(device))
+        freeze(self._network, plan.training.trainable)
+        self._examination = None if plan.private is None else prepare(self._network, plan)
         self._patients = PreparedPatients(cohort.split("train"), cache)
         self._cache = cache
         self._states = OptimiserStates(folder / "state", plan)
@@ -87,25 +121,57 @@ class Trainer:
         """Answer one task. Never raises: a refusal is an answer with one coarse code."""
         with self._lock:
             delta: Arrays | None = None
+            head: str | None = None
             body: Body
             try:
                 body, delta = self._work(task)
+                head = None if self._plan.private is None else self._paid.head
             except Exception as error:
-                body = Refused(code=_code_of(error))
-                self._note(body, error)
-            header = AnswerHeader(task=task_digest(task), site=self._cohort.site, body=body)
-            return seal_answer(header, delta)
+                refused = Refused(code=_code_of(error))
+                self._note(refused, error)
+                body, delta = permitted(refused, self._plan), None
+            header = AnswerHeader(
+                task=task_digest(task), site=self._cohort.site, body=body, head=head
+            )
+            return seal_answer(header, delta, self._plan)
 
     def _work(self, task: Buffer) -> tuple[Body, Arrays | None]:
         """Open a task and do what its stage asks for."""
         header, model = open_task(task, self._plan)
+        if self._plan.private is not None:
+            self._paid.acknowledge(header.heads.get(self._cohort.site))
         if header.stage == "enlist":
-            return self._enlist(), None
-        if header.stage == "evaluate":
-            return self._evaluate(header, model), None
+            return self._permitted(self._enlist()), None
         if header.stage == "release":
-            return self._receive(header, model), None
-        return self._train(header, model)
+            return self._permitted(self._receive(header, model)), None
+        if self._plan.private is not None:
+            return self._privately(header, model)
+        if header.stage == "evaluate":
+            return self._permitted(self._evaluate(header, model)), None
+        body, delta = self._train(header, model)
+        return self._permitted(body), delta
+
+    def _privately(self, header: TaskHeader, model: Arrays) -> tuple[Body, Arrays | None]:
+        """Training and noised metrics are paid for; what leaves as it is, no guarantee covers."""
+        if header.stage == "train":
+            return self._paid.answer(header, lambda: self._train_privately(header, model))
+        if self._plan.privacy.outputs.metrics == "noised":
+            return self._paid.answer(header, lambda: self._evaluate_privately(header, model))
+        return self._permitted(self._evaluate_quietly(header, model)), None
+
+    def _permitted(self, body: Body) -> Body:
+        """What of a body leaves."""
+        return permitted(body, self._plan, self._suppress_below)
+
+    @property
+    def _paid(self) -> Account:
+        """The account of a private plan."""
+        if self._account is None:
+            raise PrivacyError(
+                "a plan with a guarantee is trained from an account in the hospital's ledger "
+                "alone, and there is none: nothing is charged, so nothing is computed"
+            )
+        return self._account
 
     def _note(self, refused: Refused, error: Exception) -> None:
         """Keep the reason of a refusal here; a full disk must not turn it into silence."""
@@ -130,8 +196,7 @@ class Trainer:
     def _train(self, header: TaskHeader, model: Arrays) -> tuple[Trained, Arrays]:
         """Train one round from the task's model; the delta and the next optimiser state."""
         load_tensors(self._network, model)
-        clock = time.thread_time if self._plan.training.threads == 1 else time.process_time
-        state, started = self._states.before(header.round), clock()
+        state, spent = self._states.before(header.round), self._clock()
         outcome = train_round(
             self._network,
             self._patients,
@@ -141,15 +206,55 @@ class Trainer:
             optimiser_state=state,
             anchor=model,
         )
-        spent = clock() - started
+        return self._trained(header, model, outcome, spent())
+
+    def _train_privately(self, header: TaskHeader, model: Arrays) -> tuple[Body, Arrays | None]:
+        """Train one private round; the answer is what leaves, whatever the round came to."""
+        load_tensors(self._network, model)
+        assert self._examination is not None  # a private plan's trainer has one
+        gone = self._paid.withdrawn(self._patients)
+        state, spent = self._states.before(header.round), self._clock()
+        try:
+            outcome = train_round_privately(
+                self._network,
+                self._patients.without(gone),
+                self._plan,
+                round_=header.round,
+                site=self._cohort.site,
+                noise=self._noise(self._purpose(header)),
+                examination=self._examination,
+                optimiser_state=state,
+                anchor=model,
+            )
+        except NotFiniteError as error:  # noise has seen to it: a second try is a second release
+            refused = Refused(code=_code_of(error))
+            self._note(refused, error)
+            return self._permitted(refused), None
+        body, delta = self._trained(header, model, outcome, spent(), lost=outcome.lost)
+        return self._permitted(body), delta
+
+    def _trained(
+        self, header: TaskHeader, model: Arrays, outcome: RoundOutcome, cpu_s: float, **facts: int
+    ) -> tuple[Trained, Arrays]:
+        """What a round says, and its delta; the next optimiser state stays here."""
         trained = state_tensors(self._network)
         delta = {name: np.subtract(trained[name], model[name]) for name in model}
         self._states.store(header.round, outcome.optimiser_state)
         self._journal.write(
-            "trained", round=header.round, steps=outcome.steps, cpu_s=round(spent, 4)
+            "trained", round=header.round, steps=outcome.steps, cpu_s=round(cpu_s, 4), **facts
         )
         patients = len(self._patients)
         return Trained(patients=patients, steps=outcome.steps, loss=outcome.loss), delta
+
+    def _clock(self) -> Callable[[], float]:
+        """CPU seconds of training from now on."""
+        clock = time.thread_time if self._plan.training.threads == 1 else time.process_time
+        started = clock()
+        return lambda: clock() - started
+
+    def _purpose(self, header: TaskHeader) -> str:
+        """What noise is for: one site's part in one stage of one round."""
+        return f"{self._cohort.site} {header.round} {header.stage}"
 
     def _evaluate(self, header: TaskHeader, model: Arrays) -> Evaluated:
         """Mean metrics over the site's `val` patients."""
@@ -159,6 +264,30 @@ class Trainer:
         patients = evaluate_cohort(self._network, held_back, self._cache, self._plan, metrics)
         self._journal.write("evaluated", round=header.round, patients=len(patients))
         return Evaluated(patients=len(patients), scores=mean_scores(patients, metrics))
+
+    def _evaluate_privately(self, header: TaskHeader, model: Arrays) -> tuple[Body, None]:
+        """Metrics over the `val` patients, with noise, over a number that the plan declares."""
+        patients = self._measured(model)
+        means = noised_means(patients, self._plan, self._noise(self._purpose(header)))
+        self._journal.write("evaluated", round=header.round, patients=len(patients))
+        return self._permitted(Evaluated(patients=len(patients), scores=means)), None
+
+    def _evaluate_quietly(self, header: TaskHeader, model: Arrays) -> Evaluated:
+        """Metrics of a private plan that its guarantee does not cover, if they leave at all."""
+        metrics = self._plan.evaluation.metrics
+        leave = self._plan.privacy.outputs.metrics != "none"
+        patients = self._measured(model) if leave else []
+        scores = mean_scores(patients, metrics)
+        self._journal.write("evaluated", round=header.round, patients=len(patients))
+        return Evaluated(patients=len(patients), scores=scores)
+
+    def _measured(self, model: Arrays) -> list[PatientScores]:
+        """The scores of the `val` patients who can be measured and have not withdrawn."""
+        load_tensors(self._network, model)
+        held_back = self._cohort.split("val")
+        gone = self._paid.withdrawn(held_back.patients)
+        held_back = held_back.without(c.name for c in held_back.cases if c.patient in gone)
+        return measurable(self._network, held_back, self._cache, self._plan)
 
     def _receive(self, header: TaskHeader, model: Arrays) -> Received:
         """Store the released model where the hospital finds it, once it fits the network."""
@@ -185,6 +314,7 @@ def _code_of(error: Exception) -> RefusalCode:
     """The coarse code that leaves."""
     codes: tuple[tuple[type[Exception], RefusalCode], ...] = (
         (PlanError, "plan"),
+        (PrivacyError, "plan"),
         (TrustError, "task"),
         (DataError, "data"),
         (NotFiniteError, "not_finite"),
