@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from small_plans import answer, body_of
+from small_plans import answer, body_of, withheld_body
 
 from fedseg.aggregation.accumulate import MeanAccumulator
 from fedseg.aggregation.rounds import (
@@ -36,9 +36,14 @@ def train(site: str, round_: int, model: dict[str, NDArray[Any]]) -> dict[str, N
 
 
 def reply(task: bytes, site: str, plan: StudyPlan) -> bytes:
-    """What a good site answers; the number of its patients follows from its name."""
+    """What a good site answers; the number of its patients follows from its name.
+
+    Under a guarantee it tells no number at all.
+    """
     header, model = open_task(task, plan)
     body = body_of(header.stage, ord(site[-1]) - ord("a") + 2, header.model)
+    if plan.private:
+        body = withheld_body(header.stage, plan, header.model)
     delta = train(site, header.round, model) if header.stage == "train" else None
     return answer(task_digest(task), site, body, delta)
 

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from coordinator.dashboard.words import duration
+from coordinator.dashboard.words import dice, duration, mean, patients
 from coordinator.progress.document import Progress
 from coordinator.progress.tally import Sighting, SiteProgress
 from coordinator.running.control import Snapshot
@@ -34,6 +34,7 @@ def _head(seen: Snapshot) -> Table:
     head.add_row("State", Text(seen.doing, style=_STYLES.get(seen.doing, "yellow")))
     head.add_row("Sites dial", seen.address)
     if seen.progress is not None:
+        head.add_row("Privacy", _guarantee(seen.progress))
         head.add_row("Rounds", _rounds(seen.progress))
         head.add_row("Dice", _last_dice(seen.progress))
         head.add_row(
@@ -42,6 +43,13 @@ def _head(seen: Snapshot) -> Table:
     if seen.daemon is not None:
         head.add_row("Programs", _programs(seen))
     return head
+
+
+def _guarantee(progress: Progress) -> Text:
+    """What the plan promises to patients; loudly where that is nothing."""
+    if progress.private:
+        return Text(progress.guarantee)
+    return Text(progress.guarantee.replace("None:", "NONE:", 1) or _NOTHING, style="bold red")
 
 
 def _rounds(progress: Progress) -> str:
@@ -59,7 +67,9 @@ def _rounds(progress: Progress) -> str:
 def _last_dice(progress: Progress) -> str:
     """The newest mean Dice."""
     measured = [stage for stage in progress.stages if stage.dice is not None]
-    return f"{measured[-1].dice:.3f} after round {measured[-1].round}" if measured else _NOTHING
+    if not measured:
+        return mean(None, "metrics", progress)
+    return f"{measured[-1].dice:.3f} after round {measured[-1].round}"
 
 
 def _programs(seen: Snapshot) -> str:
@@ -95,8 +105,8 @@ def _sites(seen: Snapshot, now: datetime) -> RenderableType:
             name,
             _NOTHING if online is None else Text("yes", "green") if online else Text("no", "red"),
             "now" if online else _ago(last, now),
-            str(site.patients) if site.patients is not None else _NOTHING,
-            f"{site.dice[-1].value:.3f}" if site.dice else _NOTHING,
+            patients(site, seen.progress) if seen.progress else _NOTHING,
+            dice(site, seen.progress) if seen.progress else _NOTHING,
             str(site.answers),
             _failed(site),
         )

@@ -21,6 +21,7 @@ from coordinator.dashboard.notices import Situation, notices
 from coordinator.progress.document import Progress
 from coordinator.progress.tally import FailureEntry, RoundValue, SiteProgress, StageProgress
 from fedseg.plan import StudyPlan
+from fedseg.privacy.words import in_one_line, not_covered, outputs_of
 
 LOOKS = 8
 MOST_ROUNDS = 10
@@ -72,6 +73,9 @@ def environment() -> Environment:
         "moment": words.moment,
         "number": words.number,
         "count": words.count,
+        "patients": words.patients,
+        "dice": words.dice,
+        "mean": words.mean,
         "coded": coded,
     }
     return made
@@ -88,6 +92,9 @@ def content(plan: StudyPlan, progress: Progress | None, situation: Situation) ->
         "plan": plan,
         "progress": progress,
         "notices": notices(progress, situation),
+        "guarantee": in_one_line(plan),
+        "not_covered": not_covered(plan),
+        "outputs": outputs_of(plan),
     }
     if progress is None:
         return shared | {"headline": "This study has not started yet", "lead": ""}

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 
 from coordinator.progress.document import Progress
-from coordinator.progress.tally import OpenStage
+from coordinator.progress.tally import OpenStage, SiteProgress
 
+WITHHELD = "withheld"
 STAGES = {
     "enlist": "Signing in",
     "train": "Training",
@@ -98,6 +99,26 @@ def count(amount: int, noun: str) -> str:
 def number(value: float | None, digits: int = 3) -> str:
     """A number, or a dash where there is none."""
     return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def patients(site: SiteProgress, progress: Progress) -> str:
+    """How many patients a hospital trains with; one that answered and did not tell withholds it."""
+    if site.patients is not None:
+        return f"{site.patients}"
+    return WITHHELD if "counts" in progress.withheld or site.answers else "–"
+
+
+def dice(site: SiteProgress, progress: Progress) -> str:
+    """A hospital's newest Dice; one that measured and did not tell withholds it."""
+    if site.dice:
+        return number(site.dice[-1].value)
+    measured = any(s.stage == "evaluate" and site.name in s.answered for s in progress.stages)
+    return WITHHELD if "metrics" in progress.withheld or measured else "–"
+
+
+def mean(value: float | None, kind: str, progress: Progress) -> str:
+    """A mean over hospitals, of `losses` or `metrics`."""
+    return WITHHELD if value is None and kind in progress.withheld else number(value)
 
 
 def amount(size: int) -> str:

@@ -129,6 +129,8 @@ def _begin_roll(draft: StudyFolder, plan: StudyPlan, key: SigningKey, now: datet
 def _initial_of(plan: StudyPlan, plan_file: Path) -> dict[str, NDArray[Any]]:
     """The model that a built plan starts from."""
     _ = plan.built  # raises where the plan is not built
+    if plan.private:
+        _ = plan.noise  # likewise
     model = load_initial(plan_file)
     if model is None:
         raise PlanError(

@@ -34,6 +34,10 @@ class Progress(Frozen):
 
     Attributes:
         rounds_closed: rounds all of whose stages are over.
+        guarantee: what the plan promises to patients, in one line; empty where an older version
+            wrote the document.
+        private: whether that is a guarantee at all.
+        withheld: which numbers no hospital sends: of `counts`, `losses` and `metrics`.
         note: a sentence about the phase, such as why a study failed.
         open: the stage that is running, None between stages and at the end.
     """
@@ -45,6 +49,9 @@ class Progress(Frozen):
     rounds_closed: int
     minimum_sites: int
     attempts: int
+    guarantee: str = ""
+    private: bool = False
+    withheld: tuple[str, ...] = ()
     started: str
     updated: str
     phase: Phase

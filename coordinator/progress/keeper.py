@@ -39,6 +39,7 @@ from fedseg.arrays import digest_of
 from fedseg.durable import write_atomically
 from fedseg.errors import StorageError, TrustError
 from fedseg.plan import StudyPlan
+from fedseg.privacy.words import in_one_line, outputs_of
 from fedseg.result import SiteAnswer, SiteFailure, StageRecord
 from fedseg.security.documents import stamp
 
@@ -140,6 +141,9 @@ class ProgressKeeper:
             rounds_closed=rounds_closed(self._position, self._plan),
             minimum_sites=self._plan.aggregation.minimum_sites,
             attempts=self._plan.aggregation.attempts,
+            guarantee=in_one_line(self._plan),
+            private=self._plan.private is not None,
+            withheld=tuple(o.name for o in outputs_of(self._plan) if o.openness == "none"),
             started=self._started,
             updated=self._time(),
             phase=self._phase,
