@@ -1,8 +1,9 @@
 """Chance that an adversary cannot guess: noise and draws from a stream cipher.
 
-Bytes come from ChaCha20, keyed by the operating system; each request also draws the key of the
-next one, so that who reads the memory later cannot go back (fast key erasure). A process that was
-forked takes a new key, else two would add the same noise.
+Bytes come from ChaCha20. Every request takes a key of its own from the operating system and forgets
+it: nothing is kept between requests that threads could share, that a forked process, a copy of the
+object or a snapshot of the machine could use again, or that who reads the memory later could go
+back from.
 
 The caveat: Gaussian noise is computed in float64, and only approximates real numbers. Which values
 it can and cannot take depends on the sum to which it is added, which leaks in principle (Mironov,
@@ -18,7 +19,6 @@ A seeded source repeats, for science. Whoever knows the seed can take its noise 
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Callable
 from fractions import Fraction
@@ -45,33 +45,30 @@ class Noise:
     Make one with `Noise.from_system()` or `Noise.seeded(...)`.
     """
 
-    def __init__(self, key: bytes, *, private: bool) -> None:
-        if len(key) != KEY:
-            raise ValueError(f"expected a key of {KEY} bytes, came {len(key)}")
+    def __init__(self, key: bytes | None) -> None:
         self._key = key
-        self._process = os.getpid()
-        self.private = private
+        self.private = key is None
 
     @classmethod
     def from_system(cls) -> Noise:
-        """Keyed by the operating system; never the same twice."""
-        return cls(secrets.token_bytes(KEY), private=True)
+        """Keyed by the operating system, anew for each request; never the same twice."""
+        return cls(None)
 
     @classmethod
     def seeded(cls, seed: int, purpose: str) -> Noise:
         """The same stream for the same seed and purpose. Not private."""
-        return cls(sha256(f"fedseg not private {seed} {purpose}".encode()).digest(), private=False)
+        return cls(sha256(f"fedseg not private {seed} {purpose}".encode()).digest())
 
     def bytes(self, count: int) -> bytearray:
         """So many bytes of the stream."""
-        if self.private and os.getpid() != self._process:
-            self._key, self._process = secrets.token_bytes(KEY), os.getpid()
         found = bytearray()
         while len(found) < count:
-            size = min(CHUNK, count - len(found))
-            stream = Cipher(algorithms.ChaCha20(self._key, bytes(16)), mode=None).encryptor()
-            self._key = stream.update(bytes(KEY))
-            found += stream.update(bytes(size))
+            key = secrets.token_bytes(KEY) if self._key is None else self._key
+            stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
+            following = stream.update(bytes(KEY))
+            found += stream.update(bytes(min(CHUNK, count - len(found))))
+            if self._key is not None:
+                self._key = following  # a seeded stream draws the key of its next request
         return found
 
     def gaussian(self, shape: tuple[int, ...], sigma: float) -> NDArray[np.float64]:

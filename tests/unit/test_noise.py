@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import sys
+import threading
 from fractions import Fraction
 from math import exp
 
@@ -59,12 +62,35 @@ def test_a_seed_repeats_for_its_purpose_alone_and_is_not_private() -> None:
     assert seeded("a").bytes(100) != Noise.seeded(8, "a").bytes(100)
 
 
-def test_the_key_is_another_after_each_request() -> None:
-    noise = seeded("erasure")
-    before = noise._key
-    first = noise.bytes(64)
-    assert noise._key != before and noise.bytes(64) != first
-    assert noise._key not in bytes(first)
+def test_nothing_is_kept_between_requests() -> None:
+    """No copy, thread, forked process or snapshot can draw again what was drawn."""
+    noise = Noise.from_system()
+    twin = copy.deepcopy(noise)
+    before = dict(vars(noise))
+    assert noise.bytes(64) != twin.bytes(64) != noise.bytes(64)
+    assert vars(noise) == before == {"_key": None, "private": True}
+    repeats = seeded("a")
+    assert repeats.bytes(64) != repeats.bytes(64)
+
+
+def test_two_threads_never_draw_the_same() -> None:
+    noise, drawn = Noise.from_system(), []
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [
+            threading.Thread(
+                target=lambda: drawn.extend(bytes(noise.bytes(16)) for _ in range(1000))
+            )
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(set(drawn)) == len(drawn) == 4000
 
 
 def test_a_forked_process_draws_noise_of_its_own() -> None:
