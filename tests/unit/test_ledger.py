@@ -496,3 +496,25 @@ def test_the_views_say_what_was_spent_in_words(ledger: Ledger) -> None:
 
 def test_the_views_of_an_empty_ledger(tmp_path: Path) -> None:
     assert "No patient" in budget(created(tmp_path).book, LIMITS)
+
+
+def test_where_the_audit_went_back_too_open_studies_are_charged_to_their_end(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    ledger.reserve(digest("1"), "liver", "train", STEP, LIMITS)
+    found, recovered = restore(
+        place(tmp_path), [], SECRET, witness(tmp_path), now, limits=LIMITS, reason="disk",
+        to_the_end=True,
+    )  # fmt: skip
+    assert recovered == 2 and found.book.studies["liver"].closed == "disk"
+    assert sum(m.steps for m in found.book.charges(patient(0))) == 20
+    assert found.book.charges(patient(11)) == (SCORE.model_copy(update={"steps": 2}),)
+    registered(found, study())
+    with pytest.raises(PrivacyError, match="schedule"):
+        found.reserve(digest("2"), "liver", "train", STEP, LIMITS)
+    place(tmp_path).unlink()  # and the audit knows of these debits by itself from now on
+    again, recovered = restore(
+        place(tmp_path), [], SECRET, witness(tmp_path), now, limits=LIMITS, reason="lost"
+    )
+    assert recovered == 3
+    assert sum(m.steps for m in again.book.charges(patient(0))) == 22, "everyone, either use"

@@ -210,7 +210,7 @@ class Book:
         study = self.studies.get(event.study)
         if study is not None and study.registered == event:
             return
-        if self._used(event.study):
+        if study is not None and self._used(event.study):
             raise PrivacyError(
                 f"the register of {event.study} is frozen, since patients were charged under it: "
                 "a changed cohort, plan or schedule is another study, under another name"

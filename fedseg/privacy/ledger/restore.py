@@ -52,6 +52,7 @@ def restore(
     *,
     limits: Limits,
     reason: str,
+    to_the_end: bool = False,
 ) -> tuple[Ledger, int]:
     """Put a ledger in place that has lost no debit that anyone remembers.
 
@@ -60,6 +61,8 @@ def restore(
         backups: copies of it; there may be none, then the audit alone says what was spent.
         limits: fix the filter's order where no copy is sound.
         reason: goes into ledger and audit.
+        to_the_end: the witness was put back as well, and nobody knows what was done since: open
+            studies are charged with all that their schedules have left, and closed.
 
     Returns:
         The ledger, and how many debits had to be written anew.
@@ -78,11 +81,18 @@ def restore(
         order = PrivacyFilter.for_budget(limits.total_epsilon, limits.total_delta).order
         base = [next_row(1, START, now(), Opened(secret_check=secret_check(secret), order=order))]
     added, recovered = _missing(base, copies, seen)
+    if to_the_end:
+        rest = _to_the_end([*(row.event for row in base), *added], reason)
+        recovered += sum(isinstance(each, Recovered) for each in rest)
+        added += rest
     rows = list(base)
     for event in [*added, Restored(recovered=recovered, reason=reason)]:
         rows.append(next_row(len(rows) + 1, rows[-1].hash, now(), event))
     _replace(path, rows)
     witness.record(rows[-1], restored=True)
+    for row in rows[len(base) : -1]:
+        if isinstance(row.event, Recovered):  # so that the next backup cannot lose it again
+            witness.record(row)
     return Ledger.open(path, secret, witness, now), recovered
 
 
@@ -140,6 +150,22 @@ def _missing(
             present.add(lost.canonical_bytes.decode())
             added.append(lost)
     return added, sum(isinstance(each, Recovered) for each in added)
+
+
+def _to_the_end(events: Sequence[Event], reason: str) -> list[Event]:
+    """All that open studies may still have done, and their end."""
+    book = Book()
+    for event in events:
+        book.apply(event, "")
+    found: list[Event] = []
+    for name in [name for name, study in book.studies.items() if study.closed is None]:
+        for each in book.left(name):
+            rest = _other(name, each.canonical_bytes.decode())
+            found.append(
+                Recovered(reservation=rest, study=name, use=each.use, mechanism=each.mechanism)
+            )
+        found.append(Closed(study=name, reason=reason))
+    return found
 
 
 def _lost(book: Book, event: Event, present: set[str]) -> Event | None:
