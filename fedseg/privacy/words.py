@@ -51,7 +51,7 @@ class Output:
             "none": "withheld: not sent at all",
             "noised": "as a mean with accounted noise",
             "suppressed": f"sent where it is about at least {self.suppress_below} patients",
-            "plain": "sent as it is",
+            "plain": "sent plainly",
         }[self.openness]
 
 

@@ -110,7 +110,7 @@ def test_what_leaves_beside_the_guarantee_is_named() -> None:
     assert "No number" in not_covered(closed)
     some = private_plan(privacy__outputs={"counts": "plain", "metrics": "suppressed"})
     said = not_covered(some)
-    assert "patients and images, sent as it is" in said
+    assert "patients and images, sent plainly" in said
     assert "held-back patients, sent where it is about at least 5 patients" in said
     assert "training error" not in said
     record = record_of(some, _stages((1, "train", 1)))
