@@ -294,7 +294,8 @@ class Trainer:
         load_tensors(self._network, model)
         path, plan = self._model_file, self._plan
         self._refuse_another(path, header)
-        save_model(path, plan, model, arm="federated", rounds=header.round)
+        seeded = plan.private is not None and not self._noise("release").private
+        save_model(path, plan, model, arm="federated", rounds=header.round, seeded=seeded)
         self._journal.write("received", round=header.round, model=header.model)
         return Received(model=digest_of(model))
 

@@ -50,6 +50,10 @@ def run(
         int | None, typer.Option(min=1, help="How many sites to divide into (5).")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
+    noise_seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Repeat a private plan's noise: for science, NOT PRIVATE."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Simulate a study: federation, baselines, measurements and a report."""
@@ -68,6 +72,7 @@ def run(
         sites=sites,
         device=device,
         initial=load_initial(plan),
+        noise_seed=noise_seed,
     )
     logging.getLogger("coordinator").setLevel(logging.ERROR)
     console = Console(stderr=as_json)

@@ -2,6 +2,7 @@
 
 A baseline is a federation of one site: the same code, checkpoints and seeds, with nothing to
 average. The server's learning rate and momentum are switched off, because they are tuned for many.
+Baselines of a private study train the same parameters from the same start, without any guarantee.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fedseg.imaging.cases import Cohort
+from fedseg.promise import NoPrivacy
 from fedseg.simulation.federation import Federation
 
 Baseline = Literal["pooled", "local"]
@@ -60,7 +62,13 @@ def alone(whole: Federation, cohort: Cohort, folder: Path, steps_per_round: int)
         }
     )
     evaluation = plan.evaluation.model_copy(update={"every_rounds": plan.aggregation.rounds})
-    changed = {"training": training, "aggregation": aggregation, "evaluation": evaluation}
+    changed: dict[str, Any] = {
+        "training": training,
+        "aggregation": aggregation,
+        "evaluation": evaluation,
+    }
+    if plan.private is not None:
+        changed |= {"privacy": NoPrivacy(), "calibrated": None}
     return replace(
         whole, plan=plan.model_copy(update=changed), cohorts=(cohort,), folder=folder, faults=()
     )

@@ -63,6 +63,7 @@ class Federation:
         cache: prepared cases, shared by all sites of a simulation.
         device: of torch, for every trainer.
         faults: rehearsed ones.
+        noise_seed: repeats the noise of a private plan, which then protects nobody.
     """
 
     plan: StudyPlan
@@ -73,6 +74,7 @@ class Federation:
     left_out: Mapping[str, int] = field(default_factory=dict)
     device: str = "cpu"
     faults: tuple[Fault, ...] = ()
+    noise_seed: int | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -115,10 +117,12 @@ def run_federation(
         PlanError: see `require_sites`.
         RoundError: too few sites answered as often as the plan allows; a checkpoint that is not
             to be overwritten.
+        PrivacyError: a private plan's noise is weaker than its promise.
     """
     plan = federation.plan
     require_sites(federation)
     state = _starting_state(federation, resume)
+    _register(federation)
     seconds = Journal(federation.folder / "stages.jsonl")
     store = _CheckpointStore(federation.checkpoint, plan)
 
@@ -141,7 +145,7 @@ def run_federation(
                     run(_inprocess_grid(federation, arrange))
         finally:
             _forget_trainers(federation)
-    finished = load_state(federation.checkpoint, plan)
+    finished = _without_heads(load_state(federation.checkpoint, plan))
     spent = {entry["at"]: entry["wall_s"] for entry in seconds.read("stage")}
     return Finished(
         plan=plan,
@@ -183,6 +187,27 @@ def require_sites(federation: Federation) -> None:
         )
 
 
+def _register(federation: Federation) -> None:
+    """Have every site of a private plan register it, before any worker opens a ledger."""
+    if federation.plan.private is None:
+        return
+    from fedseg.simulation.accounts import register
+
+    for cohort in federation.cohorts:
+        register(federation.plan, cohort, site_folder(federation.folder, cohort.site))
+
+
+def _without_heads(state: StudyState) -> StudyState:
+    """The history less the heads of ledgers: they are other ones in every equal study."""
+    history = tuple(
+        record.model_copy(
+            update={"answers": tuple(a.model_copy(update={"head": None}) for a in record.answers)}
+        )
+        for record in state.history
+    )
+    return replace(state, history=history)
+
+
 class SimulatedSites:
     """Finds the trainer of a Flower node; it travels to Ray's workers, trainers are made there.
 
@@ -214,8 +239,10 @@ def _make_handle(federation: Federation, cohort: Cohort) -> Handle:
     import torch
 
     from fedseg.imaging.cache import CaseCache
+    from fedseg.simulation.accounts import account_of, seeded
     from sites.trainer import Trainer
 
+    plan, noise = federation.plan, seeded(federation.noise_seed)
     folder = site_folder(federation.folder, cohort.site)
     torch.set_num_threads(federation.plan.training.threads)
     try:
@@ -227,6 +254,8 @@ def _make_handle(federation: Federation, cohort: Cohort) -> Handle:
             models=folder / "models",
             left_out=federation.left_out.get(cohort.site, 0),
             device=federation.device,
+            account=account_of(plan, folder) if plan.private is not None else None,
+            noise=noise,
         )
     except Exception as error:
         Journal(folder / "journal.jsonl").write("failed", reason=f"no trainer: {error}")

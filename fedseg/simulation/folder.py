@@ -10,7 +10,7 @@ from fedseg.durable import write_atomically
 from fedseg.errors import DataError
 from fedseg.plan import StudyPlan
 
-PLAN, DATA = "plan.json", "data.json"
+PLAN, DATA, NOISE = "plan.json", "data.json", "noise.json"
 
 
 def refuse_occupied(out: Path, plan: StudyPlan, *, resume: bool) -> None:
@@ -32,16 +32,21 @@ def refuse_occupied(out: Path, plan: StudyPlan, *, resume: bool) -> None:
         )
 
 
-def pin(out: Path, plan: StudyPlan, data: Mapping[str, str]) -> None:
+def pin(out: Path, plan: StudyPlan, data: Mapping[str, str], noise_seed: int | None = None) -> None:
     """Take the folder for a plan and the fingerprints of its sites' data, for its owner alone.
 
+    Args:
+        noise_seed: of a seeded run of a private plan; half a seeded run is not private either.
+
     Raises:
-        DataError: the study there was begun with other data.
+        DataError: the study there was begun with other data, or with noise from elsewhere.
         StorageError: the folder cannot be written.
     """
     out.mkdir(parents=True, exist_ok=True)
     out.chmod(0o700)  # pictures of patients will lie here
     write_atomically(out / PLAN, plan.canonical_bytes)
+    if plan.private is not None:
+        _pin_noise(out, noise_seed)
     note = out / DATA
     if not note.exists():
         write_atomically(note, json.dumps(data, indent=1, sort_keys=True).encode())
@@ -53,3 +58,14 @@ def pin(out: Path, plan: StudyPlan, data: Mapping[str, str]) -> None:
             f"{out.name} was begun with other data: {', '.join(other)} differ; give the same "
             "--data, --table, --partition and --sites, or another --out"
         )
+
+
+def _pin_noise(out: Path, seed: int | None) -> None:
+    """Note where the noise of a private study comes from."""
+    note = out / NOISE
+    if not note.exists():
+        write_atomically(note, json.dumps({"seed": seed}).encode())
+    before = json.loads(note.read_bytes())["seed"]
+    if before != seed:
+        told = "without --noise-seed" if before is None else f"with --noise-seed {before}"
+        raise DataError(f"{out.name} was begun {told}: go on like that, or give another --out")

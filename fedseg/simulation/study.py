@@ -73,6 +73,7 @@ class Options:
         sites: how many sites to divide them into; 5 where it is not said.
         device: of torch.
         initial: start from this model instead of the plan's seed (its digest is the plan's).
+        noise_seed: repeats the noise of a private plan: everything is marked as not private.
     """
 
     engine: Engine = "inprocess"
@@ -84,6 +85,7 @@ class Options:
     sites: int | None = None
     device: str = "cpu"
     initial: Mapping[str, NDArray[Any]] | None = None
+    noise_seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ def simulate(
     options, out = options or Options(), Path(out)
     if options.sites is not None and options.partition is None:
         raise PlanError("--sites belongs to --partition: say how the patients are to be divided")
+    if options.noise_seed is not None and plan.private is None:
+        raise PlanError("--noise-seed belongs to a plan with a privacy guarantee: this has none")
     started, clock = datetime.now(UTC), time.monotonic()
     _require_packages(options.engine)
     require_device(options.device)
@@ -155,10 +159,11 @@ def simulate(
         cache=out / "cache",
         device=options.device,
         faults=options.faults,
+        noise_seed=options.noise_seed,
     )
     require_sites(whole)
     require_measurable(cohorts)
-    pin(out, plan, fingerprint(cohorts))
+    pin(out, plan, fingerprint(cohorts), options.noise_seed)
     trained = {"federated": _run(whole, "federated", options, watch)}
     for name, alone in baselines_of(whole, out, options.baselines):
         trained[name] = _run(alone, name, options, watch)
@@ -177,7 +182,7 @@ def simulate(
         sites=tuple(_summary(cohort, left_out.get(cohort.site, 0)) for cohort in cohorts),
         stages=trained["federated"].state.history,
         arms=arms,
-        guarantee=_guarantee(plan, trained["federated"]),
+        guarantee=_guarantee(whole, trained["federated"]),
         run=Run(
             engine=options.engine,
             started=started.isoformat(timespec="seconds"),
@@ -194,13 +199,13 @@ def simulate(
     return result
 
 
-def _guarantee(plan: StudyPlan, finished: Finished) -> GuaranteeRecord | None:
+def _guarantee(whole: Federation, finished: Finished) -> GuaranteeRecord | None:
     """What the federation guaranteed and spent; None where the plan has no guarantee."""
-    if plan.private is None:
+    if whole.plan.private is None:
         return None
     from fedseg.privacy.promised import record_of
 
-    return record_of(plan, finished.state.history)
+    return record_of(whole.plan, finished.state.history, private=whole.noise_seed is None)
 
 
 def _require_packages(engine: Engine) -> None:
@@ -336,7 +341,9 @@ def _write(
     for key, finished in trained.items():
         name = "model" if key == "federated" else "model-" + key.replace(":", "-")
         model = released(finished.state, finished.plan)
-        save_model(out / f"{name}.safetensors", finished.plan, model, arm=key, rounds=rounds)
+        seeded = whole.noise_seed is not None and finished.plan.private is not None
+        path = out / f"{name}.safetensors"
+        save_model(path, finished.plan, model, arm=key, rounds=rounds, seeded=seeded)
     load_tensors(scorer.network, released(trained["federated"].state, result.plan))
     overlays = overlays_of(result, scorer.network, whole.cohorts, scorer.cache, scorer.split)
     write_curves(result, out)
