@@ -118,7 +118,15 @@ def load_cohort(folder: SiteFolder, study: str, plan: StudyPlan) -> Cohort:
         DataError: nothing is approved, or the data changed since the approval.
         TrustError: the approval was edited.
     """
-    record = load_record(folder, study, plan)
+    return recorded_cohort(folder.record.name, plan, load_record(folder, study, plan))
+
+
+def recorded_cohort(site: str, plan: StudyPlan, record: CohortRecord) -> Cohort:
+    """The cohort that a record names, once every byte of it is as it was.
+
+    Raises:
+        DataError: the data changed since.
+    """
     manifest = read_manifest(
         Path(record.data), plan.task, table=record.table, seed=plan.training.seed
     )
@@ -127,9 +135,9 @@ def load_cohort(folder: SiteFolder, study: str, plan: StudyPlan) -> Cohort:
     gone = len(wanted) - len(cases)
     if gone:
         raise DataError(f"{gone} of the approved cases are no longer in the data folder: {AGAIN}")
-    cohort = _named(folder.record.name, Cohort(record.row, cases, manifest.label_map))
+    cohort = _named(site, Cohort(record.row, cases, manifest.label_map))
     if _fingerprint(cohort) != record.fingerprint:
-        raise DataError(f"the data of {study} changed since they were approved: {AGAIN}")
+        raise DataError(f"the data of {plan.study} changed since they were approved: {AGAIN}")
     return cohort
 
 

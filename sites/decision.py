@@ -1,9 +1,10 @@
 """The hospital's decision on a plan: what it knows of it, yes, and no.
 
 A yes is refused where the hospital's own policy forbids the plan, and the refusal names the rule.
-It covers the list of sites as it stands, and freezes the cohort. The approval is written before a
-new list of sites is taken: whatever the crash, no list counts that nobody approved. A no takes an
-earlier yes back.
+It covers the list of sites as it stands, and freezes the cohort. Where the plan has a guarantee,
+its patients are registered in the ledger first: no approval without somebody who is charged. The
+approval is written before a new list of sites is taken: whatever the crash, no list counts that
+nobody approved. A no takes an earlier yes back, and frees what the study had not spent.
 """
 
 from __future__ import annotations
@@ -11,19 +12,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TYPE_CHECKING
 
-from fedseg.errors import DataError, PrivacyError, TrustError
+from fedseg.errors import DataError, FedsegError, PlanError, PrivacyError, TrustError
 from fedseg.plan import StudyPlan
 from fedseg.security.identity import MAX_ROLL_BYTES, Bundle, SignedRoll, open_roll
 from fedseg.security.keys import SigningKey, VerifyKey
 from sites.approval import Approval, CohortRecord, approved, frozen_record
 from sites.audit import record, utc_now
-from sites.enrolment import pinned_bundle
+from sites.enrolment import close_register, pinned_bundle
 from sites.explain import Situation
 from sites.folder import SiteFolder, as_owner_of, write_note
 from sites.keyring import own_identity
 from sites.policy import authorise, load_policy, rules
 from sites.rolls import accepted_roll, take_roll
+
+if TYPE_CHECKING:
+    from fedseg.imaging.cases import Cohort
 
 
 @dataclass(frozen=True)
@@ -96,15 +101,7 @@ def require_permitted(
     try:
         authorise(load_policy(folder.policy), plan, patients)
     except PrivacyError as error:
-        record(
-            folder,
-            key,
-            "plan_refused",
-            study=plan.study,
-            plan=plan.digest,
-            code="policy",
-            reason=f"{error}",
-        )
+        _audit_refusal(folder, plan, key, "policy", error)
         raise
 
 
@@ -116,13 +113,19 @@ def approve(
     *,
     any_later_sites: bool,
     by: str,
+    cohort: Cohort | None = None,
     now: Callable[[], str] = utc_now,
 ) -> Approval:
     """Approve the plan with these data and the list of sites as it stands.
 
+    Args:
+        chosen: the record of the data.
+        cohort: what the record is of, where it was just looked at; else it is read again for a
+            plan with a guarantee.
+
     Raises:
-        PrivacyError: a rule of the hospital's forbids it.
-        TrustError: the list of sites has expired, or a file was edited.
+        PrivacyError: a rule of the hospital's forbids it, or its ledger has no room for it.
+        TrustError: the list of sites has expired, or a file was edited; the ledger too.
         StorageError: it could not be stored: nothing new is approved.
     """
     bundle = pinned_bundle(folder, study)
@@ -134,6 +137,8 @@ def approve(
             f"the list of sites of {study} expired on {roll.valid_until}: ask the consortium for a "
             "renewed bundle and join with it"
         )
+    if bundle.plan.private is not None:
+        _register(folder, bundle.plan, chosen, cohort, key, now)
     approval = Approval(
         site=bundle.site,
         study=study,
@@ -180,10 +185,57 @@ def refuse(
 
     Raises:
         DataError: the study was not joined.
+        TrustError: it was refused, but the ledger is not what it was: what the study had not spent
+            is not free yet.
     """
     plan = pinned_bundle(folder, study).plan
     before = folder.approval(study).exists()
     with as_owner_of(folder.studies):
         folder.approval(study).unlink(missing_ok=True)
     record(folder, key, "plan_refused", now, study=study, plan=plan.digest, reason=reason)
+    if plan.private is not None:
+        close_register(folder, study, "the plan was refused", key, now)
     return before
+
+
+def _register(
+    folder: SiteFolder,
+    plan: StudyPlan,
+    chosen: CohortRecord,
+    cohort: Cohort | None,
+    key: SigningKey,
+    now: Callable[[], str],
+) -> None:
+    """Register a private plan's patients; a refusal is audited."""
+    from sites import ledger
+    from sites.cohort import recorded_cohort
+
+    try:
+        with as_owner_of(folder.trainer):
+            if cohort is None:
+                cohort = recorded_cohort(folder.record.name, plan, chosen)
+            ledger.register(folder, plan, cohort, key, now)
+    except (PrivacyError, PlanError, DataError, TrustError) as error:
+        _audit_refusal(folder, plan, key, "ledger", error, now)
+        raise
+
+
+def _audit_refusal(
+    folder: SiteFolder,
+    plan: StudyPlan,
+    key: SigningKey,
+    code: str,
+    error: FedsegError,
+    now: Callable[[], str] = utc_now,
+) -> None:
+    """Record why the hospital's own rules or books say no."""
+    record(
+        folder,
+        key,
+        "plan_refused",
+        now,
+        study=plan.study,
+        plan=plan.digest,
+        code=code,
+        reason=f"{error}",
+    )

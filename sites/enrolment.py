@@ -172,6 +172,8 @@ def leave(
     Raises:
         DataError: there is nothing of that study here.
         StorageError: something could not be deleted; call again.
+        TrustError: it was left, but the ledger is not what it was: what the study had not spent is
+            not free yet.
     """
     places = [path for path in (folder.study(study), folder.relay_of(study)) if path.is_dir()]
     if not places:
@@ -189,7 +191,34 @@ def leave(
             f"not everything of {study} could be deleted ({error.strerror}), but it is no longer "
             "served; run this as the user to whom the folders belong, or as root, again"
         ) from None
+    close_register(folder, study, "the site left the study", key, now)
     return tuple(f"{path.relative_to(folder.path)}/" for path in places)
+
+
+def close_register(
+    folder: SiteFolder, study: str, reason: str, key: SigningKey, now: Callable[[], str] = utc_now
+) -> bool:
+    """End a study in this site's ledger, where there is one with an open register of it.
+
+    Returns:
+        Whether there was one.
+
+    Raises:
+        TrustError: the ledger is not what it was.
+        StorageError: it cannot be written.
+    """
+    if not folder.ledger.exists():
+        return False
+    from sites import ledger
+
+    try:
+        with as_owner_of(folder.trainer):
+            return ledger.close(folder, study, reason, key, now)
+    except (TrustError, StorageError) as error:
+        raise type(error)(
+            f"nothing of {study} is served any more, but its register in the ledger could not be "
+            f"closed: {error}; then `fedseg-site ledger close {study}`"
+        ) from None
 
 
 def _take_roll(folder: SiteFolder, offer: Offer) -> tuple[str, ...]:

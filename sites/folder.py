@@ -80,7 +80,7 @@ class SiteFolder:
 
     @property
     def trainer(self) -> Path:
-        """Identity keys and audit."""
+        """Identity keys, audit and ledger."""
         return self.path / "trainer"
 
     @property
@@ -97,6 +97,16 @@ class SiteFolder:
     def audit(self) -> Path:
         """The audit log; its signed head lies beside it, as audit.head."""
         return self.trainer / "audit.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        """What was done to patients' data; there once a plan with a guarantee was approved."""
+        return self.trainer / "ledger.sqlite"
+
+    @property
+    def ledger_secret(self) -> Path:
+        """By which the ledger knows patients again without naming them; it is of no other use."""
+        return self.trainer / "ledger.secret"
 
     @property
     def relay(self) -> Path:

@@ -2,7 +2,8 @@
 
 In this order, and nothing is skipped. The envelope is opened: signed by the study's pinned key, for
 this study and this site; else it is a stranger's and gets no answer. Plan, policy and list of sites
-must be those that the hospital approved. A task that was answered gets its stored answer and trains
+must be those that the hospital approved, and whoever is charged for a plan with a guarantee must
+stand in the hospital's ledger. A task that was answered gets its stored answer and trains
 nothing; another one for a stage that was served is refused beyond the plan's attempts. Then the
 trainer works; what the hospital took back meanwhile is thrown away. The answer is kept, sealed,
 signed and on disk before its first byte leaves. Every step is audited first; of a refusal one
@@ -27,6 +28,7 @@ from fedseg.container import peek
 from fedseg.errors import FedsegError, PlanError, PrivacyError, StorageError, TrustError
 from fedseg.logs import without_its_text
 from fedseg.plan import StudyPlan
+from fedseg.security.documents import stamp
 from fedseg.security.envelope import (
     EnvelopeHeader,
     envelope_limit,
@@ -51,10 +53,11 @@ from sites.chronicle import Chronicle
 from sites.enrolment import pinned_bundle
 from sites.folder import SiteFolder, make_folder
 from sites.journal import Journal
-from sites.policy import authorise, load_policy
+from sites.policy import authorise, limits_of, load_policy
 from sites.rolls import RosterError, accepted_roll, require_accepted, take_roll
 
 if TYPE_CHECKING:
+    from fedseg.privacy.ledger import Ledger
     from sites.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -62,7 +65,7 @@ logger = logging.getLogger(__name__)
 JOURNAL = "journal.jsonl"
 FREE_STAGES = frozenset({"enlist", "release"})
 Answer = Path | bytes
-MakeTrainer = Callable[[SiteFolder, str, StudyPlan], "Trainer"]
+MakeTrainer = Callable[[SiteFolder, str, StudyPlan, "Ledger | None"], "Trainer"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,8 @@ class Gate:
         Args:
             own: this site.
             now: the time, with its zone.
-            make_trainer: called at the first task after each approval.
+            make_trainer: called at the first task after each approval and each withdrawal of a
+                patient, with the hospital's ledger, or None where none was begun.
 
         Raises:
             TrustError: the pinned bundle was edited, or is not this site's.
@@ -117,7 +121,8 @@ class Gate:
         self._key, self._plan = VerifyKey.from_text(bundle.study_key), bundle.plan
         self._limit = message_limit(self._plan.built.tensors)
         self._answers = Answers(folder.answers(study))
-        self._trainer: tuple[str, Trainer] | None = None
+        self._trainer: tuple[object, Trainer] | None = None
+        self._ledger: Ledger | None = None
         self.doing: Doing | None = None
 
     @property
@@ -213,7 +218,28 @@ class Gate:
         record = frozen_record(self._folder, self._study, self._plan.digest)
         patients = record.patients.get("train", 0) if record else 0
         authorise(load_policy(self._folder.policy), self._plan, patients)
+        self._read_ledger()
         return approval
+
+    def _read_ledger(self) -> None:
+        """Look at the ledger as it is now; a private plan that is not in it is refused.
+
+        A ledger that is not what it was is opened anew at the next task: it may have been restored.
+        """
+        if self._plan.private is None and self._ledger is None and not self._folder.ledger.exists():
+            return
+        from sites.ledger import open_ledger, require_registered
+
+        try:
+            if self._ledger is None:
+                now = lambda: stamp(self._now())  # noqa: E731
+                self._ledger = open_ledger(self._folder, self._keys.signing, now)
+            self._ledger.refresh()
+            if self._plan.private is not None:
+                require_registered(self._ledger, self._plan)
+        except TrustError:
+            self._ledger = self._trainer = None
+            raise
 
     def _require_still(self, approval: Approval) -> None:
         """Refuse to answer where the hospital has taken its yes back since the work began."""
@@ -251,10 +277,12 @@ class Gate:
 
     def _work(self, task: mmap.mmap, approval: Approval) -> bytes:
         """Have the trainer answer; what it refuses is raised, and not stored."""
-        if self._trainer is None or self._trainer[0] != approval.signature:
+        withdrawn = frozenset(self._ledger.book.withdrawn) if self._ledger else frozenset()
+        made_for = (approval.signature, withdrawn)
+        if self._trainer is None or self._trainer[0] != made_for:
             self._trainer = None
-            trainer = self._make_trainer(self._folder, self._study, self._plan)
-            self._trainer = (approval.signature, trainer)
+            trainer = self._make_trainer(self._folder, self._study, self._plan, self._ledger)
+            self._trainer = (made_for, trainer)
         answer = self._trainer[1].handle(task)
         body = peek(answer, AnswerHeader, max_bytes=self._limit).body
         if body.kind == "refused":
@@ -321,11 +349,17 @@ class _TrainerRefusedError(FedsegError):
         self.code = code
 
 
-def make_trainer(folder: SiteFolder, study: str, plan: StudyPlan, device: str = "cpu") -> Trainer:
+def make_trainer(
+    folder: SiteFolder, study: str, plan: StudyPlan, ledger: Ledger | None, device: str = "cpu"
+) -> Trainer:
     """The trainer of an approved plan, on the cohort that was approved with it.
+
+    Patients who have withdrawn since are left out; under a guarantee they contribute zero, and the
+    work is paid for from the ledger.
 
     Raises:
         DataError: the data changed since.
+        PrivacyError: the plan has a guarantee, and there is no ledger to charge.
     """
     import torch
 
@@ -334,14 +368,28 @@ def make_trainer(folder: SiteFolder, study: str, plan: StudyPlan, device: str = 
     from sites.trainer import Trainer
 
     torch.set_num_threads(plan.training.threads)
+    cohort, account = load_cohort(folder, study, plan), None
+    if ledger is not None:
+        from sites.ledger import without_withdrawn
+
+        cohort = without_withdrawn(ledger, cohort)
+    if plan.private is not None:
+        if ledger is None:
+            raise PrivacyError("a plan with a guarantee needs the hospital's ledger: approve it")
+        from sites.spending import Account
+
+        limits = lambda: limits_of(load_policy(folder.policy))  # noqa: E731
+        account = Account(ledger, plan, folder.work(study) / "paid", limits)
     return Trainer(
         plan,
-        load_cohort(folder, study, plan),
+        cohort,
         CaseCache(folder.cache, plan.task),
         folder.work(study),
         left_out=load_record(folder, study, plan).left_out,
         models=folder.models,
         device=device,
+        account=account,
+        suppress_below=load_policy(folder.policy).suppress_below,
     )
 
 

@@ -19,6 +19,7 @@ from sites.commands.options import HERE, SiteOption, StudyArgument, open_site
 from sites.folder import SiteFolder, as_owner_of
 
 if TYPE_CHECKING:
+    from fedseg.imaging.cases import Cohort
     from fedseg.plan import StudyPlan
     from sites.approval import CohortRecord
 
@@ -85,9 +86,16 @@ def approve(
     plan = pinned_bundle(folder, study).plan
     key = open_signing_key(folder)
     decision.require_permitted(folder, plan, key)
-    record = _chosen(folder, plan, data, table, row)
+    record, cohort = _chosen(folder, plan, data, table, row)
     added = decision.situation_of(folder, study).added
-    approval = decision.approve(folder, study, record, key, any_later_sites=any_later_sites, by=who)
+    approval = decision.approve(
+        folder, study, record, key, any_later_sites=any_later_sites, by=who, cohort=cohort
+    )
+    if plan.private is not None:
+        typer.echo(
+            "the patients are in this hospital's ledger; what they may be charged and what is "
+            "left: fedseg-site ledger budget"
+        )
     typer.echo(f"approved the plan {approval.plan[:16]}... of {study}, as {who}")
     if added:
         typer.echo(f"with the new sites {', '.join(added)}")
@@ -112,7 +120,7 @@ def refuse(
 
 def _chosen(
     folder: SiteFolder, plan: StudyPlan, data: Path | None, table: str | None, row: str | None
-) -> CohortRecord:
+) -> tuple[CohortRecord, Cohort | None]:
     """The data to approve: looked at now, or as they were frozen before."""
     from sites.approval import frozen_record
 
@@ -123,14 +131,14 @@ def _chosen(
         if table is not None or row is not None:
             raise DataError("--table and --row belong to --data: say which folder")
         typer.echo(f"data as approved before: {record.patients.get('train', 0)} training patients")
-        return record
+        return record, None
     with as_owner_of(folder.trainer):
         return _looked_at(folder, plan, data, table, row)
 
 
 def _looked_at(
     folder: SiteFolder, plan: StudyPlan, data: Path, table: str | None, row: str | None
-) -> CohortRecord:
+) -> tuple[CohortRecord, Cohort]:
     """Inspect the data with the trainer's rights, and say what is used of them."""
     from sites.cohort import choose_cohort
 
@@ -154,7 +162,7 @@ def _looked_at(
         named = f" --table {table}" if table else ""
         plan_file = folder.plan(plan.study)
         typer.echo(f"each with its remedy: fedseg-site check {data}{named} --plan {plan_file}")
-    return record
+    return record, chosen.cohort
 
 
 def _login() -> str:
