@@ -20,10 +20,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fedseg.durable import write_atomically
 from fedseg.plan import Metric
+from fedseg.privacy.words import outputs_of
 from fedseg.reports import findings, traffic
 from fedseg.reports.charts import Curve, curve_chart, dice_chart
 from fedseg.reports.curves import ALL, points
 from fedseg.reports.figures import RANKS, Overlay, label_colours, overlay_pictures
+from fedseg.reports.privacy import privacy_of, sent
 from fedseg.result import StudyResult
 
 FEW_PATIENTS = 10
@@ -33,7 +35,6 @@ METRICS: tuple[tuple[Metric, str, int], ...] = (
     ("hd95", "HD95 in mm", 2),
     ("nsd", "Surface Dice (NSD)", 3),
 )
-METRIC_WORDS = {"dice": "Dice", "hd95": "HD95", "nsd": "surface Dice"}
 STAGE_WORDS = {
     "enlist": "Enlist: count the patients",
     "train": "Train",
@@ -95,7 +96,9 @@ def _content(result: StudyResult, overlays: Sequence[Overlay]) -> dict[str, Any]
         "overlays": _overlay_groups(result, overlays),
         "colours": label_colours(result.plan.task.labels),
         "stage_words": STAGE_WORDS,
-        "sent_metrics": [METRIC_WORDS[metric] for metric in result.plan.evaluation.metrics],
+        "sent": sent(result.plan),
+        "privacy": privacy_of(result),
+        "withheld": [o.name for o in outputs_of(result.plan) if o.openness == "none"],
         "stages": traffic.by_stage(result) if result.stages else (),
         "rounds": traffic.by_round(result),
         "failures": traffic.failures(result),

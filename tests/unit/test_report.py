@@ -7,15 +7,19 @@ import time
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+from small_plans import private_plan
 from study_results import HOSPITALS, make_overlay, make_overlays, make_result
 
-from fedseg.plan import InitialModel
+from fedseg.plan import InitialModel, StudyPlan
+from fedseg.privacy.promised import record_of
+from fedseg.privacy.words import withheld
 from fedseg.reports import findings, traffic
 from fedseg.reports.figures import Overlay
 from fedseg.reports.study import write_report
-from fedseg.result import Arm, ArmName, PatientScores, StudyResult
+from fedseg.result import Arm, ArmName, PatientScores, StageRecord, StudyResult
 
 VOID = {"meta", "img", "rect", "br", "link", "hr", "input"}
 
@@ -113,9 +117,9 @@ def test_sections_come_in_the_readers_order(tmp_path: Path) -> None:
         "Patients: best, median and worst",
         "What moved over the wire",
         "Sites that gave no usable answer",
+        "updates may reveal training images to the coordinator",
         "Training by arm",
         "What this does and does not show",
-        "updates may reveal training images to the coordinator",
         "Settings and digests",
     ]
     places = [page.text.index(text) for text in wanted]
@@ -263,3 +267,74 @@ def test_equal_studies_give_equal_pages(tmp_path: Path) -> None:
     for name in ("a.html", "b.html"):
         write_report(make_result(rounds=4), make_overlays(HOSPITALS[:1]), tmp_path / name)
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
+def _private(*, private: bool = True, **outputs: Any) -> StudyResult:
+    """A private study of two rounds, with what leaves besides."""
+    more: dict[str, Any] = {}
+    if outputs.get("metrics") == "noised":
+        more = {"privacy__expected_validation": 11, "evaluation__metrics": ["dice"]}
+    plan = private_plan(privacy__outputs=outputs, privacy__epsilon=3.0, **more)
+    result = make_result(rounds=2, sites=HOSPITALS[:2])
+    stages = tuple(_closed(record, plan) for record in result.stages)
+    record = record_of(plan, stages, private=private)
+    return StudyResult.model_validate(
+        result.model_dump()
+        | {"plan": plan.model_dump(), "plan_digest": plan.digest}
+        | {"stages": [stage.model_dump() for stage in stages], "guarantee": record}
+    )
+
+
+def _closed(record: StageRecord, plan: StudyPlan) -> StageRecord:
+    """A stage of which nothing left that the plan withholds."""
+    kept: dict[str, Any] = {}
+    if withheld(plan, "counts"):
+        kept["patients"] = None
+    if withheld(plan, "losses"):
+        kept["loss"] = None
+    if withheld(plan, "metrics"):
+        kept["scores"] = {}
+    answers = tuple(answer.model_copy(update=kept) for answer in record.answers)
+    return record.model_copy(update={"answers": answers})
+
+
+def test_a_private_study_prints_its_guarantee_in_full(tmp_path: Path) -> None:
+    result = _private()
+    page = _page(result, tmp_path, make_overlays(HOSPITALS[:1]))
+    assert result.guarantee is not None and result.guarantee.text in page.text
+    assert "Differentially private: epsilon 3 at delta 0.001 for each patient" in page.text
+    for words in ("Unit", "Neighbours:", "Sampling:", "Not covered:", "95.3 of 100 cases"):
+        assert words in page.text
+    assert "NOT PRIVATE" not in page.text and "NONE" not in page.text
+    assert "This page itself is not covered" in page.text
+
+
+def test_what_is_withheld_is_not_claimed_to_have_been_sent(tmp_path: Path) -> None:
+    page = _page(_private(), tmp_path)
+    wire = page.text[page.text.index("What moved over the wire") :]
+    assert "the change of these tensors and the number of steps" in wire
+    assert "mean loss" not in wire and "their mean Dice" not in wire
+    assert "at the start, no number" in wire
+    assert "withheld" in wire
+    assert "weighted by patients" not in page.text
+    open_ = _page(_private(counts="suppressed", metrics="noised"), tmp_path)
+    measured = "the number of held-back patients and their mean Dice by label with noise added"
+    assert f"after measuring, {measured};" in open_.text
+    assert "Withheld where about fewer than 5 patients: counts." in open_.text
+    assert open_.text.count("Guarantee:") == 2
+
+
+def test_a_seeded_run_is_loudly_not_private(tmp_path: Path) -> None:
+    page = _page(_private(private=False, metrics="noised"), tmp_path)
+    assert page.text.count("NOT PRIVATE") >= 3
+    assert "Differentially private:" not in page.text
+    assert "Would have spent, with secret noise" in page.text
+    assert "no: the noise was seeded" in page.text
+    assert "of 100 cases" not in page.text
+
+
+def test_a_study_without_a_guarantee_says_none(tmp_path: Path) -> None:
+    page = _page(make_result(), tmp_path)
+    assert "Privacy guarantee: NONE." in page.text
+    assert "No guarantee." in page.text
+    assert "The guarantee in full" not in page.text
