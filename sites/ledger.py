@@ -36,13 +36,10 @@ def open_ledger(folder: SiteFolder, signing: SigningKey, now: Now) -> Ledger:
     """The ledger, once all of it holds against the audit; none is begun.
 
     Raises:
+        PrivacyError: there never was one.
         TrustError: it or its secret is missing, was edited, or was put back to an older state.
     """
-    if not folder.ledger.exists() and not _witness(folder, signing, now).seen():
-        raise TrustError(
-            "this site has no ledger yet: one begins when a plan with a privacy guarantee is "
-            "approved"
-        )
+    _require_begun(folder, signing, now)
     return Ledger.open(folder.ledger, _secret(folder), _witness(folder, signing, now), now)
 
 
@@ -54,8 +51,10 @@ def look_at(folder: SiteFolder, signing: SigningKey, now: Now) -> tuple[Ledger, 
         never began; the next use of the ledger enters them there.
 
     Raises:
+        PrivacyError: there never was one.
         TrustError: as `open_ledger`.
     """
+    _require_begun(folder, signing, now)
     ledger = Ledger(folder.ledger, _secret(folder), _witness(folder, signing, now), now)
     return ledger, len(ledger.verify())
 
@@ -185,6 +184,15 @@ def _begun(folder: SiteFolder, signing: SigningKey, now: Now, limits: Limits) ->
     if not folder.ledger_secret.exists():
         write_secret(folder.ledger_secret, secrets.token_bytes(SECRET_BYTES))
     return Ledger.create(folder.ledger, _secret(folder), witness, now, limits)
+
+
+def _require_begun(folder: SiteFolder, signing: SigningKey, now: Now) -> None:
+    """Tell a site that never had a ledger from one that lost it."""
+    if not folder.ledger.exists() and not _witness(folder, signing, now).seen():
+        raise PrivacyError(
+            "this site has no ledger yet: one begins when the first plan with a privacy guarantee "
+            "is approved"
+        )
 
 
 def _witness(folder: SiteFolder, signing: SigningKey, now: Now) -> AuditWitness:

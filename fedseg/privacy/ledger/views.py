@@ -22,7 +22,11 @@ _BAR = 24
 
 def show(book: Book, limits: Limits) -> str:
     """What was spent on which study, per patient of it."""
-    lines = ["What was done to patients' data, and what it cost each patient at most."]
+    lines = [
+        "What was done to patients' data, and what it cost each patient at most. Epsilon bounds",
+        "how much likelier anything that left can be with a patient's data than without",
+        "(exp(epsilon) times), but for a chance of delta. The bar is the part that is done.",
+    ]
     for name, study in book.studies.items():
         state = f"closed ({study.closed})" if study.closed else "open"
         lines += ["", f"{name}: {state}, registered {study.at}"]
@@ -53,18 +57,24 @@ def budget(book: Book, limits: Limits) -> str:
         return "\n".join([*lines, "No patient was ever charged."])
     worst = patients[shares.index(max(shares))]
     cost = rounded_up(rule.epsilon_so_far(rule.cost(book.charges(worst))))
+    price = rounded_up(rule.epsilon - rule.budget)
     lines += _histogram(shares)
     lines += [
         "",
-        f"The patient with the least left has spent {_percent(max(shares))} (epsilon {cost} at "
-        f"delta {limits.total_delta:g} by the filter's reckoning).",
+        f"The patient with the least left has spent {_percent(max(shares))}: epsilon {cost} at "
+        f"delta {limits.total_delta:g}.",
+        f"(By the filter's reckoning, which begins at {price}: the price of studies that are "
+        "chosen one after another. `ledger show` reckons each study by itself, tightly.)",
     ]
     promised = max(rule.share(rule.cost(book.promised(patient))) for patient in patients)
     if promised > 0:
-        lines.append(f"Open studies may still take up to {_percent(promised)} of a budget.")
+        lines.append(f"Open studies may still take up to {_percent(promised)} of one patient.")
     stopped = sum(share >= 1 for share in shares)
     if stopped:
         lines.append(f"{stopped} patients have nothing left: no study can use them.")
+    lines.append(
+        "What one patient has spent depends on that patient's data: it stays in the hospital."
+    )
     return "\n".join(lines)
 
 
