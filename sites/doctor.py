@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedseg.errors import FedsegError, MissingExtraError
-from sites.checkup import house, machine, network, proxies, studies
+from sites.checkup import house, ledger, machine, network, proxies, studies
 from sites.checkup.verdict import Condition, Verdict, fail
 from sites.commands.options import HERE, SiteOption, open_site
 from sites.folder import SiteFolder
@@ -97,10 +97,12 @@ def _of_the_trainer(folder: SiteFolder, now: Callable[[], datetime]) -> Iterator
     yield "GPU", machine.graphics
     yield "Identity keys", lambda: house.trainer_keys(folder)
     yield "Policy", lambda: house.policy(folder)
+    yield "Privacy ledger", lambda: ledger.ledger(folder)
     sizes: dict[str, int] = {}
     for study in folder.joined:
         yield f"Flower ({study})", partial(studies.flower, folder, study)
         yield f"Approval ({study})", partial(studies.permission, folder, study)
+        yield f"Ledger ({study})", partial(ledger.register, folder, study)
         yield f"List of sites ({study})", partial(studies.roll, folder, study, now)
         yield f"Data ({study})", partial(studies.data, folder, study, sizes)
     yield "Disk", lambda: machine.disk(folder, sizes)

@@ -43,6 +43,15 @@ def open_ledger(folder: SiteFolder, signing: SigningKey, now: Now) -> Ledger:
     return Ledger.open(folder.ledger, _secret(folder), _witness(folder, signing, now), now)
 
 
+def begun(folder: SiteFolder, signing: SigningKey, now: Now) -> bool:
+    """Whether this site has a ledger, or its audit knows of one.
+
+    Raises:
+        TrustError: the audit was changed.
+    """
+    return folder.ledger.exists() or bool(_witness(folder, signing, now).seen())
+
+
 def look_at(folder: SiteFolder, signing: SigningKey, now: Now) -> tuple[Ledger, int]:
     """The ledger, verified, without a word written to it or to the audit.
 
@@ -65,7 +74,7 @@ def register(
     """Register a private plan's patients and schedule; the ledger begins with the first.
 
     Patients to train on and patients held back are registered; those kept for a last test never
-    meet the study.
+    meet the study. Patients who withdrew and whose data are gone stay in a study's register.
 
     Raises:
         PrivacyError: the policy sets no budget, the plan costs more than it promises or than the
@@ -86,6 +95,7 @@ def register(
         val=_keys(ledger, cohort.split("val")),
         schedule=schedule,
     )
+    event = _with_withdrawn(ledger, event)
     ledger.register(event, limits, epsilon=promise.epsilon, delta=promise.delta)
 
 
@@ -188,7 +198,7 @@ def _begun(folder: SiteFolder, signing: SigningKey, now: Now, limits: Limits) ->
 
 def _require_begun(folder: SiteFolder, signing: SigningKey, now: Now) -> None:
     """Tell a site that never had a ledger from one that lost it."""
-    if not folder.ledger.exists() and not _witness(folder, signing, now).seen():
+    if not begun(folder, signing, now):
         raise PrivacyError(
             "this site has no ledger yet: one begins when the first plan with a privacy guarantee "
             "is approved"
@@ -219,6 +229,21 @@ def _secret(folder: SiteFolder) -> bytes:
 def _keys(ledger: Ledger, part: Cohort) -> tuple[str, ...]:
     """The patients of one split, as the ledger calls them, sorted so that order tells nothing."""
     return tuple(sorted(map(ledger.key_of, part.patients)))
+
+
+def _with_withdrawn(ledger: Ledger, event: Registered) -> Registered:
+    """The register that a study has, where the new one lacks nobody but who has withdrawn."""
+    book = ledger.refresh()
+    study = book.studies.get(event.study)
+    if study is None:
+        return event
+    have = study.registered
+    for old, new in ((have.train, event.train), (have.val, event.val)):
+        gone = set(old) - set(new)
+        if set(new) - set(old) or not all(map(book.has_withdrawn, gone)):
+            return event
+    same = (have.plan, have.schedule) == (event.plan, event.schedule)
+    return have if same else event
 
 
 def _put_aside(folder: SiteFolder) -> None:

@@ -75,9 +75,15 @@ def owners_and_modes(folder: SiteFolder) -> Verdict:
 def policy(folder: SiteFolder) -> Verdict:
     """The hospital's rules can be read, and nobody but their owner writes them."""
     subject, rules = "Policy", load_policy(folder.policy)
-    if rules.privacy_none:
-        return well(subject, "read; studies without a privacy guarantee are allowed (privacy_none)")
-    return well(subject, "read; studies without a privacy guarantee are refused (privacy_none)")
+    allowed = "allowed" if rules.privacy_none else "refused"
+    says = f"read; studies without a privacy guarantee are {allowed} (privacy_none)"
+    if rules.total_epsilon is None or rules.total_delta is None:
+        return well(subject, f"{says}; those with one are refused: no total_epsilon or delta")
+    return well(
+        subject,
+        f"{says}; those with one may cost a patient epsilon {rules.total_epsilon:g} at delta "
+        f"{rules.total_delta:g} over all",
+    )
 
 
 def door(folder: SiteFolder) -> Verdict:
@@ -124,7 +130,8 @@ def daemon(folder: SiteFolder) -> Verdict:
 def _too_wide(folder: SiteFolder) -> Iterator[tuple[str, int, int]]:
     """Name, mode, and the widest mode that it should have, of what others get too much of."""
     private = (folder.trainer, folder.relay, folder.studies, folder.cache, folder.models)
-    secret = (folder.signing_key, folder.receiving_key, folder.node_key)
+    keys = (folder.signing_key, folder.receiving_key, folder.node_key)
+    secret = (*keys, folder.ledger, folder.ledger_secret)
     guarded = (folder.policy, folder.site, folder.request, folder.path)
     allowed: list[tuple[Path, int]] = [
         *((path, 0o700) for path in private),
