@@ -29,11 +29,11 @@ _BLOCK = re.compile(
 )
 _NOTE = "# Written by `fedseg plan build`: the model that the study starts from. Do not edit.\n"
 
-EXAMPLES = ("mr-3d", "ct-2d")
+EXAMPLES = ("mr-3d", "mr-3d-private", "ct-2d")
 
 
 def example(name: str = "mr-3d") -> str:
-    """The text of a commented example plan; `mr-3d` or `ct-2d`."""
+    """The text of a commented example plan, one of `EXAMPLES`."""
     return (files("fedseg") / "plans" / f"{name}.yaml").read_text(encoding="utf-8")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,6 +11,10 @@ from rich.table import Table
 
 from fedseg import planfile
 from fedseg.plan import StudyPlan, load_plan
+from fedseg.privacy.words import in_one_line, not_covered
+
+if TYPE_CHECKING:
+    from fedseg.privacy.guarantee import Guarantee
 
 app = typer.Typer(
     help="Write, check, show and build a study plan.",
@@ -20,11 +24,17 @@ PlanPath = Annotated[Path, typer.Argument(help="The plan file, for example study
 
 
 @app.command(
-    epilog="Examples:  fedseg plan new study.yaml    fedseg plan new lung.yaml --example ct-2d"
+    epilog="Examples:  fedseg plan new study.yaml    "
+    "fedseg plan new study.yaml --example mr-3d-private"
 )
 def new(
     path: PlanPath,
-    example: Annotated[str, typer.Option(help="mr-3d (every field) or ct-2d.")] = "mr-3d",
+    example: Annotated[
+        str,
+        typer.Option(
+            help="mr-3d (every field without a guarantee), mr-3d-private (with one) or ct-2d."
+        ),
+    ] = "mr-3d",
 ) -> None:
     """Write a commented example plan to start from."""
     if example not in planfile.EXAMPLES:
@@ -35,10 +45,15 @@ def new(
 
 @app.command(epilog="Example:  fedseg plan check study.yaml")
 def check(path: PlanPath) -> None:
-    """Check every field and how fields fit together; exit status 1 names what is wrong."""
+    """Check every field, how fields fit, and that the noise keeps the guarantee; else exit 1."""
     plan = load_plan(path)
+    if plan.private and plan.calibrated:
+        from fedseg.privacy.promised import require_kept
+
+        require_kept(plan)
     built = "built" if plan.initial else "not built yet: fedseg plan build"
     typer.echo(f"{path} holds: study {plan.study}, digest {plan.digest} ({built})")
+    typer.echo("\n".join(f"{name}: {value}" for name, value in _privacy(plan)))
 
 
 @app.command(epilog="Example:  fedseg plan show study.yaml --json")
@@ -72,6 +87,8 @@ def build(
         f"wrote {planfile.initial_path(path)} ({count / 1e6:.2f} M parameters); "
         f"the plan's digest is now {plan.digest}"
     )
+    if plan.private:
+        typer.echo("\n".join(f"{name}: {value}" for name, value in _privacy(plan)))
 
 
 def _table(plan: StudyPlan) -> Table:
@@ -83,7 +100,37 @@ def _table(plan: StudyPlan) -> Table:
             continue
         for key, inner in value.items():
             table.add_row(f"{section}.{key}", str(inner))
+    for name, value in _privacy(plan):
+        table.add_row(name, value)
     if plan.initial:
         table.add_row("initial.digest", plan.initial.digest)
         table.add_row("initial.tensors", f"{len(plan.initial.tensors)}")
     return table
+
+
+def _privacy(plan: StudyPlan) -> list[tuple[str, str]]:
+    """The guarantee, the noise and the epsilon that this noise gives, in names and values."""
+    found = [("privacy guarantee", in_one_line(plan))]
+    if plan.private is None:
+        return found
+    found.append(("besides", not_covered(plan)))
+    if plan.calibrated is None:
+        return [*found, ("noise", "not calibrated yet: fedseg plan build")]
+    from fedseg.privacy.promised import promised
+
+    given, noise = promised(plan), plan.noise
+    found.append(_noise("training", noise.training, given.train, plan.private.epsilon))
+    if noise.metrics is not None and given.held_back is not None:
+        found.append(_noise("metrics", noise.metrics, given.held_back, plan.private.epsilon))
+    return found
+
+
+def _noise(what: str, multiplier: float, given: Guarantee, most: float) -> tuple[str, str]:
+    """One kind of noise, and what it gives over the whole schedule."""
+    steps = sum(each.steps for each in given.mechanisms)
+    weak = f", MORE THAN PROMISED ({most:g})" if given.epsilon > most else ""
+    return (
+        f"noise for {what}",
+        f"multiplier {multiplier:.4g} in each of {steps} releases gives epsilon "
+        f"{given.epsilon:.4g} at delta {given.delta:g}{weak} (RDP {given.rdp_epsilon:.4g})",
+    )

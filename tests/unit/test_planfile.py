@@ -7,13 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from small_plans import values
+from typer.testing import CliRunner
 
 from fedseg import modelfile
 from fedseg.arrays import digest_of, schema_of
-from fedseg.errors import DataError, PlanError, RoundError, TrustError
+from fedseg.cli import app
+from fedseg.errors import DataError, PlanError, PrivacyError, RoundError, TrustError
 from fedseg.modelfile import load_model, save_model
 from fedseg.plan import load_plan, parse_plan
 from fedseg.planfile import EXAMPLES, build, example, initial_path, load_initial, write_example
+from fedseg.privacy.promised import require_kept
 
 TEXT = """\
 # why this study exists
@@ -41,6 +44,50 @@ def path(tmp_path: Path) -> Path:
 def test_every_example_holds(name: str) -> None:
     assert parse_plan(example(name).encode()).initial is None
     assert "#" in example(name)
+
+
+@pytest.mark.parametrize("name", ["mr-3d", "mr-3d-private"])
+def test_an_example_shows_every_field_of_its_guarantee(name: str) -> None:
+    text = example(name)
+    plan = parse_plan(text.encode())
+    section = text[text.index("\nprivacy:") :]
+    for field in (*type(plan.privacy).model_fields, *type(plan.privacy.outputs).model_fields):
+        assert f"{field}:" in section, field
+
+
+def test_the_private_example_keeps_its_promise_once_built(path: Path) -> None:
+    path.write_text(example("mr-3d-private").replace("[32, 64, 128]", "[4, 8, 16]"))
+    plan = build(path)
+    assert plan.private is not None and plan == load_plan(path)
+    found = require_kept(plan)
+    assert 7.9 < found.train.epsilon <= 8.0
+    assert found.held_back is not None and 7.9 < found.held_back.epsilon <= 8.0
+    assert plan.private.outputs.counts == plan.private.outputs.losses == "none"
+
+
+def test_a_plan_is_checked_and_shown_with_its_noise(path: Path) -> None:
+    path.write_text(example("mr-3d-private").replace("[32, 64, 128]", "[4, 8, 16]"))
+    runner = CliRunner(env={"COLUMNS": "200"})
+    shown = runner.invoke(app, ["plan", "show", str(path)])
+    assert "not calibrated yet: fedseg plan build" in shown.output
+    plan = build(path)
+    shown = runner.invoke(app, ["plan", "show", str(path)])
+    checked = runner.invoke(app, ["plan", "check", str(path)])
+    for output in (shown.output, checked.output):
+        assert f"multiplier {plan.noise.training:.4g} in each of 24 releases gives" in output
+        assert "at delta 0.001" in output and "MORE THAN" not in output
+    assert checked.exit_code == 0
+    weak = path.read_text().replace(repr(plan.noise.training), repr(plan.noise.training / 2))
+    path.write_text(weak)
+    checked = runner.invoke(app, ["plan", "check", str(path)])
+    assert isinstance(checked.exception, PrivacyError)
+    shown = runner.invoke(app, ["plan", "show", str(path)])
+    assert "MORE THAN PROMISED (8)" in " ".join(shown.output.split())
+
+
+def test_a_plan_without_a_guarantee_says_so_when_it_is_checked(path: Path) -> None:
+    checked = CliRunner().invoke(app, ["plan", "check", str(path)])
+    assert checked.exit_code == 0 and "privacy guarantee: None: images stay" in checked.output
 
 
 def test_the_first_example_shows_every_field() -> None:
