@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from private_plans import private_plan
 from torch import Tensor, nn
 
 from fedseg.arrays import digest_of, seed_for
@@ -24,7 +25,6 @@ from fedseg.models.zoo import build_network, initial_model, load_tensors, state_
 from fedseg.plan import StudyPlan
 from fedseg.privacy.noise import Noise
 from fedseg.promise import NoPrivacy
-from tests.private_plans import private_plan
 
 
 def case_of(seed: int, *, fill: float | None = None) -> PreparedCase:
