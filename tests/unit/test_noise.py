@@ -75,15 +75,14 @@ def test_nothing_is_kept_between_requests() -> None:
 
 def test_two_threads_never_draw_the_same() -> None:
     noise, drawn = Noise.from_system(), []
+
+    def draw() -> None:
+        drawn.extend(bytes(noise.bytes(16)) for _ in range(1000))
+
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        threads = [
-            threading.Thread(
-                target=lambda: drawn.extend(bytes(noise.bytes(16)) for _ in range(1000))
-            )
-            for _ in range(4)
-        ]
+        threads = [threading.Thread(target=draw) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
