@@ -180,11 +180,11 @@ def seal_answer(
     """
     if plan is None or plan.private is None:
         return pack(header, delta)
-    return pack(header, delta, head_bytes=_longest_head(header, delta, plan))
+    return pack(header, delta, head_bytes=head_bytes_of(header, delta, plan))
 
 
-def _longest_head(header: AnswerHeader, delta: Arrays | None, plan: StudyPlan) -> int:
-    """How long the head of an answer of this kind can get."""
+def head_bytes_of(header: AnswerHeader, delta: Arrays | None, plan: StudyPlan) -> int:
+    """How long the head of an answer of this kind can get: a private plan's is always that long."""
     longest = header.model_copy(update={"body": _longest_body(header.body, plan), "head": "f" * 64})
     return len(packed(longest, delta)[1]) + 8
 

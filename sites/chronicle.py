@@ -2,8 +2,9 @@
 
 Every answer that leaves is an entry of its own. Refusals and repeated tasks are caused from
 outside, as often as a relay that was taken over likes: the first of an hour are entries of their
-own, the others are counted, and the count is the next hour's first entry. Each study and each code
-is counted for itself: who sends rubbish by the thousand cannot hide a task of another kind in it.
+own, the others are counted, and the count is the next hour's first entry. What was only counted is
+not answered, so that nothing leaves without an entry. Each study and each code is counted for
+itself: who sends rubbish by the thousand cannot hide a task of another kind in it.
 """
 
 from __future__ import annotations
@@ -33,8 +34,12 @@ class Chronicle:
         """Append an entry; it is on disk when this returns."""
         self._chain.append(event, **facts)
 
-    def provoked(self, event: str, **facts: Fact) -> None:
-        """Append an entry that somebody outside caused, or count it where there were many."""
+    def provoked(self, event: str, **facts: Fact) -> bool:
+        """Append an entry that somebody outside caused, or count it where there were many.
+
+        Returns:
+            Whether it has an entry of its own: only then may it be answered.
+        """
         kind = (event, facts.get("study"), facts.get("code"))
         with self._lock:
             if self._clock() - self._since > HOUR_S:
@@ -43,6 +48,7 @@ class Chronicle:
             singly = self._seen[kind] <= SINGLY
         if singly:
             self._chain.append(event, **facts)
+        return singly
 
     def close(self) -> None:
         """Append what was only counted."""

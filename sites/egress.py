@@ -10,10 +10,16 @@ many they are is read from the body itself, before anything of it is withheld.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
-from fedseg.errors import PrivacyError
+from pydantic import JsonValue
+
+from fedseg.container import peek, unpack
+from fedseg.errors import PrivacyError, TrustError
 from fedseg.plan import StudyPlan
 from fedseg.promise import Openness
 from fedseg.updates import (
@@ -25,6 +31,8 @@ from fedseg.updates import (
     RefusalCode,
     Refused,
     Trained,
+    head_bytes_of,
+    message_limit,
 )
 
 About = Literal["protocol", "counts", "losses", "metrics"]
@@ -99,6 +107,47 @@ def permitted(body: Body, plan: StudyPlan, suppress_below: int | None = None) ->
             return Refused(code=_COARSER.get(body.code, body.code) if plan.private else body.code)
 
 
+@dataclass(frozen=True)
+class Outgoing:
+    """A whole answer that may leave.
+
+    Attributes:
+        header: all of it that is no tensor.
+        fields: the same as lines `name=value`, the values in JSON.
+        tensors: how many there are, and how many bytes they have.
+        content: SHA-256 of the answer before it is sealed.
+    """
+
+    header: AnswerHeader
+    fields: tuple[str, ...]
+    tensors: tuple[int, int]
+    content: str
+
+
+def outgoing(plain: bytes, plan: StudyPlan, suppress_below: int | None = None) -> Outgoing:
+    """Look at an answer as it is about to be sealed, or to leave once more.
+
+    Raises:
+        PrivacyError: it is not what `require_permitted` lets out, has other tensors than the plan's
+            after training or any after something else, or is a private plan's and not of the
+            length that all its answers of this kind have.
+    """
+    limit = message_limit(plan.built.tensors)
+    try:
+        kind = peek(plain, AnswerHeader, max_bytes=limit).body.kind
+        schema = plan.built.tensors if kind == "train" else ()
+        header, delta = unpack(plain, AnswerHeader, max_bytes=limit, schema=schema)
+    except TrustError as error:
+        raise PrivacyError(f"an answer is none that may leave: {error}") from None
+    require_permitted(header, plan, suppress_below)
+    sizes = [array.nbytes for array in delta.values()]
+    if plan.private and len(plain) != head_bytes_of(header, delta, plan) + sum(sizes):
+        raise PrivacyError("the length of an answer of a private plan depends on what it says")
+    fields = tuple(f"{name}={json.dumps(value)}" for name, value in _flat("", _plainly(header)))
+    content = hashlib.sha256(plain).hexdigest()
+    return Outgoing(header, fields, (len(sizes), sum(sizes)), content)
+
+
 def require_permitted(
     header: AnswerHeader, plan: StudyPlan, suppress_below: int | None = None
 ) -> None:
@@ -142,6 +191,21 @@ def require_permitted(
             raise PrivacyError(
                 f"an answer ({body.kind}) holds numbers that the plan withholds: it does not leave"
             )
+
+
+def _plainly(header: AnswerHeader) -> JsonValue:
+    """A header as JSON has it."""
+    value: JsonValue = header.model_dump(mode="json")
+    return value
+
+
+def _flat(name: str, value: JsonValue) -> Iterator[tuple[str, JsonValue]]:
+    """Every value with its path; an empty mapping is a value too."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(f"{name}.{key}" if name else key, inner)
+    else:
+        yield name, value
 
 
 def _require_listed(body: Body) -> None:

@@ -5,8 +5,10 @@ this study and this site; else it is a stranger's and gets no answer. Plan, poli
 must be those that the hospital approved, and whoever is charged for a plan with a guarantee must
 stand in the hospital's ledger. A task that was answered gets its stored answer and trains
 nothing; another one for a stage that was served is refused beyond the plan's attempts. Then the
-trainer works; what the hospital took back meanwhile is thrown away. The answer is kept, sealed,
-signed and on disk before its first byte leaves. Every step is audited first; of a refusal one
+trainer works; what the hospital took back meanwhile is thrown away. What it says is looked at
+again (`sites.egress`), stored ones and refusals too; the answer is kept, sealed, signed and on disk
+before its first byte leaves. Under a plan that says so it waits until a fixed time after its task
+came, and whatever leaves is an entry of the audit first (`sites.departures`). Of a refusal one
 coarse code leaves, its reason stays.
 """
 
@@ -24,6 +26,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedseg.chain import Fact
 from fedseg.container import peek
 from fedseg.errors import FedsegError, PlanError, PrivacyError, StorageError, TrustError
 from fedseg.logs import without_its_text
@@ -50,6 +53,9 @@ from fedseg.updates import (
 from sites.answers import Answers, Slot
 from sites.approval import Approval, approved, frozen_record
 from sites.chronicle import Chronicle
+from sites.client import Clock
+from sites.departures import EVENT, facts_of
+from sites.egress import Outgoing, outgoing, permitted
 from sites.enrolment import pinned_bundle
 from sites.folder import SiteFolder, make_folder
 from sites.journal import Journal
@@ -64,6 +70,8 @@ logger = logging.getLogger(__name__)
 
 JOURNAL = "journal.jsonl"
 FREE_STAGES = frozenset({"enlist", "release"})
+HELD_STAGES = frozenset({"train", "evaluate"})  # the others' work touches no patient's images
+MOST_DUE = 64
 Answer = Path | bytes
 MakeTrainer = Callable[[SiteFolder, str, StudyPlan, "Ledger | None"], "Trainer"]
 
@@ -86,8 +94,32 @@ class Doing:
     since: str
 
 
+@dataclass(frozen=True)
+class Ready:
+    """An answer on its way out.
+
+    Attributes:
+        due: when it may leave, on the gate's clock; it may be in the past.
+        about: what the audit will say of it.
+        header: of the task's envelope.
+        said: the task, where it was one.
+        approval: under which it was worked for; None for a refusal.
+    """
+
+    answer: Answer
+    due: float
+    about: dict[str, Fact]
+    header: EnvelopeHeader
+    said: TaskHeader | None = None
+    approval: Approval | None = None
+
+
 class StrangerError(TrustError):
     """An envelope that is not the study's: it gets no answer."""
+
+
+class FloodError(FedsegError):
+    """The same is asked for so often that it is only counted: what has no entry does not leave."""
 
 
 class Gate:
@@ -103,6 +135,7 @@ class Gate:
         chronicle: Chronicle,
         now: Callable[[], datetime],
         make_trainer: MakeTrainer,
+        clock: Clock | None = None,
     ) -> None:
         """Open the gate of a study that was joined.
 
@@ -111,6 +144,7 @@ class Gate:
             now: the time, with its zone.
             make_trainer: called at the first task after each approval and each withdrawal of a
                 patient, with the hospital's ledger, or None where none was begun.
+            clock: by which answers are held; the machine's monotonic one by default.
 
         Raises:
             TrustError: the pinned bundle was edited, or is not this site's.
@@ -119,6 +153,8 @@ class Gate:
         self._chronicle, self._now, self._make_trainer = chronicle, now, make_trainer
         bundle = pinned_bundle(folder, study)
         self._key, self._plan = VerifyKey.from_text(bundle.study_key), bundle.plan
+        self._address, self.clock = bundle.address, clock or Clock()
+        self._due: dict[str, float] = {}
         self._limit = message_limit(self._plan.built.tensors)
         self._answers = Answers(folder.answers(study))
         self._trainer: tuple[object, Trainer] | None = None
@@ -131,7 +167,7 @@ class Gate:
         return envelope_limit(self._limit)
 
     def handle(self, envelope: Path) -> Answer:
-        """Answer one sealed task.
+        """Answer one sealed task, in this thread: prepared, held, let out.
 
         Args:
             envelope: the file that it was spooled to.
@@ -141,20 +177,57 @@ class Gate:
 
         Raises:
             StrangerError: it is not the study's.
+            FloodError: it is not answered for now.
             StorageError: the audit cannot be written: nothing leaves unrecorded.
         """
+        ready = self.prepare(envelope, self.clock.now())
+        wait = ready.due - self.clock.now()
+        if wait > 0:
+            self.clock.sleep(wait)
+        return self.release(ready)
+
+    def prepare(self, envelope: Path, came: float) -> Ready:
+        """Work on a sealed task; the answer is stored, and may not leave before it is due.
+
+        Args:
+            came: when the task did, on the gate's clock.
+
+        Raises:
+            As `handle`.
+        """
         with self._opened(envelope) as (header, task):
+            said = self._said(task)
             try:
-                return self._answer(header, task)
+                return self._answer(header, said, task, came)
+            except FloodError:
+                raise
             except FedsegError as error:
-                return self._refuse(header, _code_of(error), str(error))
+                return self._refuse(header, _code_of(error), str(error), said, came)
             except Exception as error:
-                said = "a task failed for a reason that fedseg does not know"
-                logger.error(said, extra=without_its_text(error))
-                return self._refuse(header, "failed", type(error).__name__)
+                words = "a task failed for a reason that fedseg does not know"
+                logger.error(words, extra=without_its_text(error))
+                return self._refuse(header, "failed", type(error).__name__, said, came)
             finally:
                 self.doing = None
                 self._forget_if_left()
+
+    def release(self, ready: Ready) -> Answer:
+        """Record that an answer leaves, and let it; to be called once it is due.
+
+        What the hospital took back while the answer was held is not let out: a refusal is.
+
+        Raises:
+            FloodError: it is not answered for now.
+            StorageError: the audit cannot be written: nothing leaves unrecorded.
+        """
+        if ready.approval is not None:
+            try:
+                self._require_still(ready.approval)
+            except FedsegError as error:
+                code, late = _code_of(error), ready.due
+                ready = self._refuse(ready.header, code, str(error), ready.said, late)
+        self._chronicle.write(EVENT, **ready.about)
+        return ready.answer
 
     @contextmanager
     def _opened(self, envelope: Path) -> Iterator[tuple[EnvelopeHeader, mmap.mmap]]:
@@ -181,23 +254,31 @@ class Gate:
             plain.flush()
             yield header, mmap.mmap(plain.fileno(), 0, access=mmap.ACCESS_READ)
 
-    def _answer(self, header: EnvelopeHeader, task: mmap.mmap) -> Answer:
+    def _said(self, task: mmap.mmap) -> TaskHeader | None:
+        """The header of an authentic task; None where it is no task at all."""
+        try:
+            return peek(task, TaskHeader, max_bytes=self._limit)
+        except TrustError:
+            return None
+
+    def _answer(
+        self, header: EnvelopeHeader, said: TaskHeader | None, task: mmap.mmap, came: float
+    ) -> Ready:
         """Check an authentic task against what was approved, and answer it."""
         approval = self._approval(header)
-        said = peek(task, TaskHeader, max_bytes=self._limit)
+        if said is None:
+            raise TrustError("what the study's key signed is no task")
         require_place(said, self._plan)
         self._check_roll(header, said, approval)
         slot, name = Slot(said.round, said.stage), _name(said, header, approval)
         facts: dict[str, Any] = {"round": said.round, "stage": said.stage, "attempt": said.attempt}
-        assert header.reply_to is not None
-        stored = self._answers.sealed(slot, name, header.reply_to)
-        if stored is not None:
-            self._provoked("repeated", **facts, digest=header.about)
-            return stored
+        due = self._due_at(name, said, came)
         plain = self._answers.plain(slot, name)
         if plain is not None:
-            self._provoked("repeated", **facts, digest=header.about)
-            return self._seal(slot, name, header, plain, facts)
+            if not self._provoked("repeated", **facts, digest=header.about):
+                raise FloodError("a task is repeated without end")
+            out = outgoing(plain, self._plan, self._suppress_below())
+            return self._ready(header, said, plain, out, approval, due, repeated=True)
         attempts = None if said.stage in FREE_STAGES else self._plan.aggregation.attempts
         self._answers.begin(slot, name, attempts)
         received = facts | {"bytes": header.size, "digest": header.about}
@@ -205,8 +286,63 @@ class Gate:
         self.doing = Doing(self._study, said.round, said.stage, self._now().isoformat())
         plain = self._work(task, approval)
         self._require_still(approval)
+        out = outgoing(plain, self._plan, self._suppress_below())
         self._answers.keep(slot, name, plain)
-        return self._seal(slot, name, header, plain, facts)
+        ready = self._ready(header, said, plain, out, approval, due)
+        late_s = self.clock.now() - due if due > came else 0.0
+        if late_s > 0:
+            ready.about["late_s"] = round(late_s, 3)
+        return ready
+
+    def _due_at(self, name: str, said: TaskHeader, came: float) -> float:
+        """When the answer to a task may leave: counted from when the task first came.
+
+        A trainer that was started again does not know when that was, and counts anew.
+        """
+        if said.stage not in HELD_STAGES or self._held_s == 0:
+            return came
+        while len(self._due) >= MOST_DUE:
+            del self._due[next(iter(self._due))]
+        return self._due.setdefault(name, came + self._held_s)
+
+    @property
+    def _held_s(self) -> float:
+        """How long after its task an answer leaves."""
+        return self._plan.private.release_after_s if self._plan.private else 0.0
+
+    def _ready(
+        self,
+        header: EnvelopeHeader,
+        said: TaskHeader,
+        plain: bytes,
+        out: Outgoing,
+        approval: Approval,
+        due: float,
+        *,
+        repeated: bool = False,
+    ) -> Ready:
+        """A stored answer, sealed for whoever asked, and what the audit will say of it."""
+        about = facts_of(out, said, self._plan) | self._to(header)
+        slot, name = Slot(said.round, said.stage), _name(said, header, approval)
+        assert header.reply_to is not None
+        sealed = self._answers.sealed(slot, name, header.reply_to)
+        if sealed is None:
+            facts = {key: about[key] for key in ("round", "stage", "attempt")}
+            sealed = self._seal(slot, name, header, plain, facts)
+        with sealed.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            about |= {"bytes": file.tell(), "digest": digest, "repeated": repeated}
+        return Ready(sealed, due, about, header, said, approval)
+
+    def _to(self, header: EnvelopeHeader) -> dict[str, Fact]:
+        """To whom an answer goes: the coordinator's address, and the key that can open it."""
+        assert header.reply_to is not None
+        key = hashlib.sha256(header.reply_to.encode()).hexdigest()
+        return {"to": self._address, "key": key, "task": header.about}
+
+    def _suppress_below(self) -> int | None:
+        """The hospital's own rule, as it stands now."""
+        return load_policy(self._folder.policy).suppress_below
 
     def _approval(self, header: EnvelopeHeader) -> Approval:
         """What the hospital approved, if it is the task's plan and its rules still allow it."""
@@ -316,11 +452,26 @@ class Gate:
         assert stored is not None
         return stored
 
-    def _refuse(self, header: EnvelopeHeader, code: RefusalCode, reason: str) -> bytes:
+    def _refuse(
+        self,
+        header: EnvelopeHeader,
+        code: RefusalCode,
+        reason: str,
+        said: TaskHeader | None,
+        came: float,
+    ) -> Ready:
         """Audit the reason, and seal an answer that has the code alone."""
-        self._provoked("refused", code=code, reason=reason, digest=header.about)
-        said = AnswerHeader(task=header.about, site=self._own.name, body=Refused(code=code))
-        return seal_bytes(seal_answer(said), **self._sealing(header))
+        if not self._provoked("refused", code=code, reason=reason, digest=header.about):
+            raise FloodError("tasks are refused without end")
+        body = permitted(Refused(code=code), self._plan)
+        answer = AnswerHeader(task=header.about, site=self._own.name, body=body)
+        plain = seal_answer(answer, plan=self._plan)
+        about = facts_of(outgoing(plain, self._plan), said, self._plan)
+        sealed = seal_bytes(plain, **self._sealing(header))
+        digest = hashlib.sha256(sealed).hexdigest()
+        about |= self._to(header) | {"bytes": len(sealed), "digest": digest, "repeated": False}
+        held = said is not None and said.stage in HELD_STAGES
+        return Ready(sealed, came + self._held_s if held else came, about, header, said)
 
     def _sealing(self, header: EnvelopeHeader) -> dict[str, Any]:
         """What every answer to this task is sealed with."""
@@ -336,9 +487,9 @@ class Gate:
             "signer": self._keys.signing,
         }
 
-    def _provoked(self, event: str, **facts: Any) -> None:
-        """Audit what somebody outside caused."""
-        self._chronicle.provoked(event, study=self._study, **facts)
+    def _provoked(self, event: str, **facts: Any) -> bool:
+        """Audit what somebody outside caused; False where it was only counted."""
+        return self._chronicle.provoked(event, study=self._study, **facts)
 
 
 class _TrainerRefusedError(FedsegError):

@@ -5,6 +5,7 @@ a file as it comes and is cut off where it is larger than any task of the plan; 
 in at a time, so that the disk which they can fill is bounded, and nothing is parsed before it is
 whole. One thread works on one task; a relay that went away meanwhile finds the answer stored, and
 one that brings the same task again before that is told at once that it is being worked on (409).
+Answers that are held until their time are held beside that thread, so that other studies go on.
 Nothing that is said here names a patient, and a refusal has a status and no text.
 """
 
@@ -18,8 +19,9 @@ import os
 import queue
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -37,7 +39,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from fedseg.errors import DataError, FedsegError
 from fedseg.logs import without_its_text
 from sites.folder import SiteFolder, make_folder
-from sites.gate import Answer, Doing, Gate, StrangerError
+from sites.gate import Answer, Doing, FloodError, Gate, Ready, StrangerError
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ PIECE = 1024 * 1024
 BYTES = "application/octet-stream"
 SILENCE_S, BODY_S = 60.0, 900.0
 MOST_WAITING = 16
+MOST_HELD = 8  # answers of one study that wait for their time
 Opens = Callable[[str], Gate]
 Reason = Callable[[], str | None]
 Tell = Callable[[str], None]
@@ -72,7 +75,10 @@ class Desk:
         self._folder, self._open_gate = folder, open_gate
         self.closed, self.refused = closed, refused
         self.waiting = 0  # tasks that are spooled, wait for their turn or are worked on
-        self._at_work: set[bytes] = set()  # digests of envelopes that wait or are worked on
+        self.held: Counter[Gate] = Counter()  # answers that wait for their time
+        self._at_work: set[bytes] = set()  # envelopes that wait, are worked on or held, by digest
+        self._under_way: set[asyncio.Task[Ready]] = set()
+        self._releases = ThreadPoolExecutor(1, thread_name_prefix="fedseg-egress")
         self._gates: dict[str, tuple[tuple[int, int], Gate]] = {}
         self._jobs: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -105,22 +111,51 @@ class Desk:
             envelope.path.unlink(missing_ok=True)
             return None
         self._at_work.add(envelope.digest)
-        answer: Future[Answer] = Future()
+        task = asyncio.create_task(self._due(gate, envelope, gate.clock.now()))
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        ready = await asyncio.shield(task)
+        return await asyncio.wrap_future(self._releases.submit(gate.release, ready))
+
+    async def _due(self, gate: Gate, envelope: Spooled, came: float) -> Ready:
+        """An answer whose time has come."""
+        try:
+            ready = await asyncio.wrap_future(self._prepared(gate, envelope.path, came))
+            if ready.due > gate.clock.now():
+                await self._hold(gate, ready)
+            return ready
+        finally:
+            self._at_work.discard(envelope.digest)
+
+    def _prepared(self, gate: Gate, path: Path, came: float) -> Future[Ready]:
+        """The answer once the one thread has worked on the task."""
+        found: Future[Ready] = Future()
 
         def job() -> None:
             try:
-                found = gate.handle(envelope.path)
+                ready = gate.prepare(path, came)
             except BaseException as error:
-                self._at_work.discard(envelope.digest)
-                answer.set_exception(error)
+                found.set_exception(error)
             else:
-                self._at_work.discard(envelope.digest)
-                answer.set_result(found)
+                found.set_result(ready)
             finally:
-                envelope.path.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
 
         self._jobs.put(job)
-        return await asyncio.shield(asyncio.wrap_future(answer))
+        return found
+
+    async def _hold(self, gate: Gate, ready: Ready) -> None:
+        """Wait for an answer's time; meanwhile it takes no place among the tasks that wait."""
+        if self.held[gate] >= MOST_HELD:
+            raise FloodError("too many answers of one study are held")
+        self.held[gate] += 1
+        self.waiting -= 1
+        try:
+            while (left := ready.due - gate.clock.now()) > 0:
+                await asyncio.sleep(left)
+        finally:
+            self.waiting += 1
+            self.held[gate] -= 1
 
     def warm_up(self) -> None:
         """Import what training needs before the first task asks for it: it takes seconds."""
@@ -164,6 +199,7 @@ def make_service(folder: SiteFolder, desk: Desk, token: str | None = None) -> AS
                 "closed": desk.closed(),
                 "doing": None if doing is None else asdict(doing),
                 "waiting": max(0, desk.waiting - 1),
+                "held": desk.held.total(),
             }
         )
 
@@ -190,6 +226,8 @@ async def _task(folder: SiteFolder, desk: Desk, request: Request) -> Response:
         return await _answered(folder, desk, request)
     except StrangerError:
         return _status(403)
+    except FloodError:
+        return _status(429)
     except (ClientDisconnect, TimeoutError):
         return _status(400)
     except (FedsegError, OSError) as error:
@@ -278,8 +316,8 @@ class _Stored(Response):
 
 
 def _status(code: int) -> Response:
-    """A status without a word, and the end of the connection; 503 asks to be asked later."""
-    headers = {"connection": "close"} | ({"retry-after": "5"} if code == 503 else {})
+    """A status without a word, and the end of the connection; 429 and 503 ask to be asked later."""
+    headers = {"connection": "close"} | ({"retry-after": "5"} if code in {429, 503} else {})
     return Response(status_code=code, headers=headers)
 
 

@@ -24,7 +24,7 @@ from fedseg.errors import TrustError
 from fedseg.security.keys import SigningKey
 from fedseg.security.nodekeys import check_public_line
 from sites.chronicle import SINGLY
-from sites.gate import StrangerError
+from sites.gate import FloodError, StrangerError
 
 SEED = 20260503
 SLOW = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -129,8 +129,12 @@ def test_whoever_holds_the_study_key_can_break_nothing(count: int, site: Hospita
         for number in range(count):
             plain = (mutated, spoilt_json)[number % 2](rng, rng.choice(genuine), genuine)
             if plain and plain not in genuine:
-                kinds[site.said(site.ask(site.task(plain=plain), gate)).body.kind] += 1
-    assert kinds["refused"] > 0.9 * sum(kinds.values())
+                try:
+                    kinds[site.said(site.ask(site.task(plain=plain), gate)).body.kind] += 1
+                except FloodError:  # what is only counted in the audit is not answered
+                    kinds["silence"] += 1
+    assert kinds["refused"] + kinds["silence"] > 0.9 * sum(kinds.values())
+    assert not kinds["silence"] or len(site.audited("refused")) >= SINGLY
     attempts = site.consortium.plan.aggregation.attempts
     assert site.trained <= attempts * site.consortium.plan.aggregation.rounds
     assert kinds["train"] <= site.trained

@@ -27,7 +27,7 @@ from fedseg.security.keys import ReceivingKey, SealingKey, SigningKey
 from fedseg.updates import message_limit
 from sites.answers import Answers
 from sites.chronicle import SINGLY
-from sites.gate import Gate, StrangerError
+from sites.gate import FloodError, Gate, StrangerError
 from sites.trainer import Trainer
 
 
@@ -172,13 +172,17 @@ def test_a_replayed_task_trains_nothing_however_often_and_cannot_fill_the_audit(
     envelope, gate = site.task(), site.gate()
     first = site.ask(envelope, gate)
     assert isinstance(first, Path)
-    for _ in range(SINGLY + 20):
+    for _ in range(SINGLY):
         assert site.ask(envelope, gate) == first
+    for _ in range(20):
+        with pytest.raises(FloodError):  # what has no entry of its own does not leave
+            site.ask(envelope, gate)
     with pytest.raises(StrangerError):
         site.ask(b"garbage", gate)
     assert site.trained == 1
     assert len(site.audited("answered")) == 1
     assert len(site.audited("repeated")) == SINGLY
+    assert len(site.audited("egress")) == 1 + SINGLY
 
 
 @settings(max_examples=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
