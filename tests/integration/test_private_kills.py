@@ -21,7 +21,7 @@ from private_sites import (
     tasks_of,
     trainer_of,
 )
-from tiny_studies import PLAN
+from tiny_studies import tiny_private_plan
 
 from fedseg.imaging.cases import Cohort
 from fedseg.imaging.manifests import read_manifest
@@ -37,29 +37,20 @@ from sites.trainer import Trainer
 LINES = {"debit and commit": 400, "train": 80, "store": 160, "leave": 40}
 
 
-def private_tiny_plan() -> StudyPlan:
-    plan = StudyPlan.model_validate(
-        PLAN
-        | {
-            "study": "tiny-private",
-            "model": {"options": {"channels": [2, 4], "residual_units": 0}},
-            "training": PLAN["training"] | {"gradient_clip_norm": None},
-            "aggregation": {"rounds": 3, "minimum_sites": 1, "weighting": "uniform"},
-            "evaluation": PLAN["evaluation"] | {"every_rounds": 1},
-            "privacy": {
-                "guarantee": "local", "epsilon": 8.0, "delta": 1e-3, "clip_norm": 1.0,
-                "expected_patients": 3, "expected_validation": 1, "patches_per_patient": 1,
-                "outputs": {"counts": "none", "losses": "none", "metrics": "noised"},
-            },
-            "calibrated": Calibration(training=2.0, metrics=2.0).model_dump(),
-        }
-    )  # fmt: skip
-    return plan.model_copy(update={"initial": initial_model(plan)[0]})
+def small_private_plan() -> StudyPlan:
+    plan = tiny_private_plan(
+        model={"options": {"channels": [2, 4], "residual_units": 0}},
+        aggregation={"minimum_sites": 1},
+        evaluation={"every_rounds": 1},
+        privacy={"rate": 1.0, "patches_per_patient": 1},
+    )
+    noise = Calibration(training=2.0, metrics=2.0)
+    return plan.model_copy(update={"initial": initial_model(plan)[0], "calibrated": noise})
 
 
 @pytest.fixture(scope="module")
 def private() -> StudyPlan:
-    return private_tiny_plan()
+    return small_private_plan()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_studies import environment, lasting, tiny_plan, write_plan
+from tiny_studies import environment, lasting, tiny_plan, tiny_private_plan, write_plan
 
 from fedseg.result import StudyResult, load_result
 from fedseg.simulation import simulate
@@ -172,6 +172,17 @@ def test_ray_with_momentum_fedprox_and_a_broken_site(data: Path, tmp_path: Path)
     here = Watched(*command, "--out", tmp_path / "here")
     assert here.status == 0, here.output
     assert here.strangers == ray.strangers == set()
+    assert lasting(tmp_path / "ray") == lasting(tmp_path / "here")
+
+
+@pytest.mark.slow
+def test_ray_gives_the_bits_of_a_seeded_private_study(data: Path, tmp_path: Path) -> None:
+    path = write_plan(tmp_path / "study.yaml", tiny_private_plan())
+    command = ("simulate", path, "--data", data, "--noise-seed", "3")
+    ray = Watched(*command, "--out", tmp_path / "ray", "--engine", "ray")
+    assert ray.status == 0, ray.output
+    here = Watched(*command, "--out", tmp_path / "here")
+    assert here.status == 0, here.output
     assert lasting(tmp_path / "ray") == lasting(tmp_path / "here")
 
 

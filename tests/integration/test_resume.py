@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_studies import environment, lasting, tiny_plan, write_plan
+from tiny_studies import environment, lasting, tiny_plan, tiny_private_plan, write_plan
 
 from fedseg.errors import DataError, TrustError
 from fedseg.plan import StudyPlan
@@ -67,6 +67,17 @@ def test_many_kills_change_no_bit(
     changes: dict[str, Any], kills: int, data: Path, tmp_path: Path
 ) -> None:
     _kill_until_finished(tmp_path, data, tiny_plan(**changes), kills, "--baselines", "pooled,local")
+
+
+def test_killed_seeded_private_studies_end_with_the_same_bits(data: Path, tmp_path: Path) -> None:
+    kills = _kill_until_finished(tmp_path, data, tiny_private_plan(), 2, "--noise-seed", "3")
+    assert sum(kill.startswith("@") for kill in kills) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_many_kills_change_no_bit_of_a_seeded_private_study(data: Path, tmp_path: Path) -> None:
+    _kill_until_finished(tmp_path, data, tiny_private_plan(), 20, "--noise-seed", "3")
 
 
 @pytest.mark.slow

@@ -45,6 +45,24 @@ def tiny_plan(**sections: Mapping[str, Any]) -> StudyPlan:
     return StudyPlan.model_validate({**PLAN, **changed})
 
 
+def tiny_private_plan(**sections: Mapping[str, Any]) -> StudyPlan:
+    """The tiny plan with a guarantee that four hospitals of three patients can keep; not built."""
+    promise = {
+        "guarantee": "local", "epsilon": 8.0, "delta": 1e-3, "clip_norm": 1.0, "rate": 0.7,
+        "expected_patients": 3, "expected_validation": 1, "patches_per_patient": 2,
+        "outputs": {"counts": "none", "losses": "none", "metrics": "noised"},
+    }  # fmt: skip
+    changes: dict[str, dict[str, Any]] = {
+        "training": {"gradient_clip_norm": None},
+        "aggregation": {"weighting": "uniform"},
+        "privacy": promise,
+    }
+    for name, fields in sections.items():
+        changes[name] = changes.get(name, {}) | dict(fields)
+    changed = {name: {**PLAN.get(name, {}), **fields} for name, fields in changes.items()}
+    return StudyPlan.model_validate({**PLAN, **changed})
+
+
 def write_plan(path: Path, plan: StudyPlan) -> Path:
     """A plan file; JSON is YAML too."""
     value = plan.model_dump(mode="json", exclude={"initial"})
