@@ -25,7 +25,7 @@ def show(book: Book, limits: Limits) -> str:
     lines = [
         "What was done to patients' data, and what it cost each patient at most. Epsilon bounds",
         "how much likelier anything that left can be with a patient's data than without",
-        "(exp(epsilon) times), but for a chance of delta. The bar is the part that is done.",
+        "(exp(epsilon) times), but for a chance of delta. The bar is what is spent.",
     ]
     for name, study in book.studies.items():
         state = f"closed ({study.closed})" if study.closed else "open"
@@ -107,12 +107,14 @@ def _use(book: Book, name: str, use: Use, limits: Limits) -> str:
     study = book.studies[name]
     done = merged(d.mechanism for d in book.debits.values() if (d.study, d.use) == (name, use))
     planned = [a.mechanism for a in study.registered.schedule if a.use == use]
+    patients = f"  {_WORDS[use]:10} {len(study.cohort(use)):5} patients"
+    if not (done or planned):
+        return f"{patients}  no release with noise is planned about them"
     spent, whole = (epsilon_spent(work, limits.study_delta) for work in (done, planned))
     share = spent / whole if whole > 0 else 0.0
     return (
-        f"  {_WORDS[use]:10} {len(study.cohort(use)):5} patients  {_bar(share)}  epsilon "
-        f"{rounded_up(spent)} of {rounded_up(whole)} at delta {limits.study_delta:g}  "
-        f"({_work(done)})"
+        f"{patients}  {_bar(share)}  epsilon {rounded_up(spent)} of {rounded_up(whole)} at delta "
+        f"{limits.study_delta:g}  ({_work(done)})"
     )
 
 
