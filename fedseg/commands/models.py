@@ -102,6 +102,9 @@ def _load(path: Path, device: str) -> tuple[ModelHeader, nn.Module]:
 
     device = require_device(device)
     header, tensors = load_model(path)
+    if header.private is False:
+        text = "[bold red]NOT PRIVATE[/]: this model was trained with seeded noise, for science"
+        Console(stderr=True).print(text)
     network = build_network(header.plan.model, header.plan.task)
     load_tensors(network, tensors)
     return header, network.to(device)
@@ -174,6 +177,7 @@ def _measured(header: ModelHeader, patients: list[PatientScores]) -> dict[str, A
         means[metric], intervals[metric] = mean, [low, high]
     return {
         "model": header.model_digest,
+        "private": header.private,
         "mean": means,
         "interval_95": intervals,
         "patients": [patient.model_dump(mode="json") for patient in patients],

@@ -14,6 +14,8 @@ from rich.table import Table
 from fedseg.errors import PlanError
 from fedseg.plan import load_plan
 from fedseg.planfile import load_initial
+from fedseg.privacy.guarantee import rounded_up
+from fedseg.privacy.words import NONE
 from fedseg.result import StudyResult, mean_of
 
 EPILOG = """Examples:
@@ -76,12 +78,13 @@ def run(
     )
     logging.getLogger("coordinator").setLevel(logging.ERROR)
     console = Console(stderr=as_json)
-    with Display(study, console) as display:
+    with Display(study, console, seeded=noise_seed is not None) as display:
         result = simulate(study, data, out, options, display)
     if as_json:
         typer.echo(json.dumps(result.model_dump(mode="json")))
         return
     console.print(summary(result))
+    console.print(privacy(result), highlight=False)
     console.print(f"report: {out / 'report.html'}   model: {out / 'model.safetensors'}")
 
 
@@ -95,6 +98,19 @@ def summary(result: StudyResult) -> Table:
     table.add_section()
     table.add_row("all", *(_mean([p.mean_dice for p in arm.patients]) for arm in result.arms))
     return table
+
+
+def privacy(result: StudyResult) -> str:
+    """What the study guaranteed to patients, in one line; loudly where that is nothing."""
+    record = result.guarantee
+    if record is None:
+        return f"[bold red]privacy guarantee: NONE[/]{NONE.removeprefix('None')}"
+    if not record.private:
+        return "[bold red]NOT PRIVATE[/]: the noise was seeded and can be taken away again."
+    return (
+        f"privacy: epsilon {rounded_up(record.epsilon_spent)} of {record.epsilon:g} spent at delta "
+        f"{record.delta:g}, for each patient that a hospital trained on"
+    )
 
 
 def _baseline(name: str) -> Literal["pooled", "local"]:

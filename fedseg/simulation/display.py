@@ -13,14 +13,25 @@ from rich.table import Table
 
 from coordinator.rounds.events import SiteAnswered, SiteFailed, StageClosed, StageOpened
 from fedseg.plan import StudyPlan
+from fedseg.privacy.words import in_one_line, outputs_of
 from fedseg.simulation.study import Progress as StudyProgress
 
 
 class Display:
     """Shows a study's progress; one line a round where the output is no terminal."""
 
-    def __init__(self, plan: StudyPlan, console: Console) -> None:
+    def __init__(self, plan: StudyPlan, console: Console, *, seeded: bool = False) -> None:
+        """Begin with what the study guarantees to patients.
+
+        Args:
+            seeded: the noise of a private plan comes from a seed, so that it guarantees nothing.
+        """
         self._plan, self._console = plan, console
+        self._withheld = {o.name for o in outputs_of(plan) if o.openness == "none"}
+        if seeded:
+            console.print("[bold red]NOT PRIVATE[/]: the noise of this run is seeded")
+        elif plan.private:
+            console.print(f"privacy: {in_one_line(plan)}", highlight=False)
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -121,5 +132,7 @@ class Display:
         for site, shown in sorted(self._sites.items()):
             if site == "pooled":
                 continue
-            table.add_row(site, shown.get("loss"), shown.get("dice"), shown.get("state"))
+            loss = "withheld" if "losses" in self._withheld else shown.get("loss")
+            dice = "withheld" if "metrics" in self._withheld else shown.get("dice")
+            table.add_row(site, loss, dice, shown.get("state"))
         return table
