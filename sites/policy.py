@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 MAX_POLICY_BYTES = 64 * 1024
 Delta = Annotated[float, Field(gt=0, lt=1)]
+_SCIENTIFIC = re.compile(r"\d+e[+-]?\d{1,3}", re.IGNORECASE)
 _HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 
 _MOST: dict[Openness, str] = {
@@ -111,6 +112,16 @@ class Policy(Frozen):
     largest_attempts: Count | None = None
     smallest_cohort: Count | None = None
     hours: Annotated[str, Field(max_length=32)] | None = None
+
+    @field_validator(
+        "largest_epsilon", "largest_delta", "total_epsilon", "total_delta", mode="before"
+    )
+    @classmethod
+    def _power_of_ten(cls, number: object) -> object:
+        """YAML takes 1e-5 for a word: it wants a point in it."""
+        if isinstance(number, str) and _SCIENTIFIC.fullmatch(number):
+            return float(number)
+        return number
 
     @field_validator("hours")
     @classmethod

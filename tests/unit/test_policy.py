@@ -159,6 +159,11 @@ def test_few_is_at_least_what_the_policy_calls_few() -> None:
     authorise(Policy(counts="suppressed", suppress_below=4), plan)
 
 
+def test_a_power_of_ten_is_a_number(tmp_path: Path) -> None:
+    read = load_policy(policy_file(tmp_path, "largest_delta: 1e-5\ntotal_delta: 2E-05\n"))
+    assert (read.largest_delta, read.total_delta) == (1e-5, 2e-5)
+
+
 def test_a_file_that_is_silent_has_the_templates_budget(tmp_path: Path) -> None:
     silent = load_policy(policy_file(tmp_path, "privacy_none: true"))
     assert limits_of(silent) == limits_of(Policy())
