@@ -62,6 +62,7 @@ def test_the_relay_of_a_site_has_neither_torch_nor_anything_that_reads_images() 
     found = modules_after("import sites.app")
     assert not found & (HEAVY | READERS | ROOMS)
     assert not found & {"sites.trainer", "sites.patients", "sites.state", "coordinator"}
+    assert not found & {"fedseg.privacy", "sites.ledger", "sites.spending", "sqlite3"}
 
 
 def test_the_half_with_patients_knows_no_coordinator_and_no_flower() -> None:
