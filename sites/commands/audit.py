@@ -72,6 +72,11 @@ def restored(
     before = verify_chain(folder.audit, key.public)
     entry = record(folder, key, "restored", reason=note, entries=len(before))
     typer.echo(f"entry {entry.n}: restored, with {len(before)} entries before it")
+    if folder.ledger.exists():
+        typer.echo(
+            "The privacy ledger went back as well, and nobody here knows what it has forgotten. "
+            'Before the daemon starts: fedseg-site ledger restore --whole-folder --reason "..."'
+        )
 
 
 def _short(value: Fact) -> str:
