@@ -17,6 +17,8 @@ from fedseg.frozen import Frozen
 
 MAX_STEPS = 1_000_000
 
+Whose = Literal["site", "shared"]
+
 
 class Mechanism(Frozen):
     """Sampled Gaussian mechanisms in a row, all of one kind.
@@ -32,14 +34,15 @@ class Mechanism(Frozen):
     noise_multiplier: Annotated[float, Field(ge=0.05, le=1e6, allow_inf_nan=False)]
     rate: Annotated[float, Field(gt=0, le=1)] = 1.0
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] = 1
-    noise: Literal["site", "shared"] = "site"
+    noise: Whose = "site"
 
     def of_records(self, records: int) -> Mechanism:
         """What it is for a person who is in the cohort under several ids.
 
-        Such a person is drawn with probability 1 - (1 - rate)^k and moves the sum by at most k C;
-        both at once bounds the mixture of fewer draws (comonotone sums are largest in convex
-        order).
+        Of k records a binomial number is drawn, each of which moves the sum by at most C. All k at
+        once with the probability 1 - (1 - rate)^k that any is drawn is stochastically larger, and
+        a mixture of Gaussians with larger shifts dominates one with smaller (Ganesh, "Tight
+        group-level DP guarantees for DP-SGD with sampling", arXiv 2401.10294).
         """
         if records == 1:
             return self
@@ -51,11 +54,11 @@ class Mechanism(Frozen):
 
 def merged(mechanisms: Iterable[Mechanism]) -> tuple[Mechanism, ...]:
     """The same work with equal kinds counted together; the order does not matter to anyone."""
-    counts: dict[tuple[float, float, str], int] = {}
+    counts: dict[tuple[float, float, Whose], int] = {}
     for each in mechanisms:
         kind = (each.noise_multiplier, each.rate, each.noise)
         counts[kind] = counts.get(kind, 0) + each.steps
     return tuple(
-        Mechanism.model_construct(noise_multiplier=s, rate=q, steps=n, noise=whose)  # type: ignore[arg-type]
+        Mechanism.model_construct(noise_multiplier=s, rate=q, steps=n, noise=whose)
         for (s, q, whose), n in sorted(counts.items())
     )

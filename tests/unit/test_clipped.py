@@ -292,3 +292,49 @@ def test_opacus_optimiser_works_on_our_samplers(monkeypatch: pytest.MonkeyPatch)
         assert parameter.grad is not None
         # Opacus divides by norm + 1e-6
         torch.testing.assert_close(parameter.grad, expected.sum[name], rtol=1e-4, atol=1e-7)
+
+
+def test_the_coarsest_type_of_a_network_says_how_much_rounds() -> None:
+    network = nn.Sequential(nn.Linear(1, 1, bias=False).double(), nn.Linear(400, 400).bfloat16())
+    over = 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        x = torch.randn(1, 400)
+
+        def mixed(out: Tensor, target: Tensor) -> Tensor:
+            return (out * target).sum(1).float()
+
+        class Mixed(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.parts = network
+
+            def forward(self, x: Tensor) -> Tensor:
+                first = self.parts[0](x[:, :1].double())
+                return self.parts[1](x.bfloat16()) + first.bfloat16()
+
+        found = clipped_sum(Mixed(), mixed, (x, x), torch.zeros(1).long(), 1.0)
+        over += norm_of(found.sum) > 1.0
+    assert over == 0
+
+
+def test_a_layer_that_only_some_samples_pass_is_clipped_with_the_rest() -> None:
+    """Cut into micro-batches, a parameter may have a gradient in a patient's first part alone."""
+
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.always, self.first = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(self.always(x)) if x[0, 0] > 0 else self.always(x)
+
+    network = Sometimes().double()
+    x = torch.randn(4, 3).double()
+    x[:, 0] = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    patients = torch.tensor([0, 0, 1, 1])
+    stored, looped = (
+        clipped_sum(network, loss, (x, x), patients, 0.1, method=method, samples_at_once=1)
+        for method in ("stored", "loop")
+    )
+    assert furthest(stored.sum, looped.sum) < 1e-12

@@ -127,3 +127,22 @@ def test_one_patient_is_no_examination() -> None:
     network, shape = layers()["linear"]
     with pytest.raises(ValueError, match="two patients"):
         examine(network, loss, batch(network, shape, torch.float32), torch.zeros(6).long())
+
+
+def test_a_buffer_that_remembers_patients_is_refused_and_put_back() -> None:
+    class Remembers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 3)
+            self.register_buffer("seen", torch.zeros(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            with torch.no_grad():
+                self.seen.mul_(0.9).add_(y.mean((0, 2, 3)))
+            return y
+
+    network, x = Remembers(), torch.randn(4, 1, 8, 8)
+    with pytest.raises(PlanError, match="buffer 'seen'"):
+        examine(network, lambda out, _: out.flatten(1).square().mean(1), (x, x), torch.arange(4))
+    assert not network.seen.any()

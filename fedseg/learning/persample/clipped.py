@@ -1,7 +1,8 @@
 """The sum of a batch's gradients, each patient's clipped once: what noise is added to.
 
 The guarantee: with `stored` and `loop`, the vector that any one patient adds has norm at most C
-as it is added, whatever the network, the data and the rounding. With `two-pass` the vector is
+as it is added, whatever the network, the data and the rounding; weights that are `deferred` have
+the most that their sum may round by counted in. With `two-pass` the vector is
 never formed: it is bounded up to the difference between two orders of the same float additions.
 Where sums of several patients are rounded, taking one away may move the rest by units in the last
 place; that is the caveat of all floating-point privacy, stated in `fedseg/privacy/noise.py`.
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fedseg.learning.persample.clip import Clipping, check_clip_norm, shares
+from fedseg.learning.persample.deferred import Deferred
 from fedseg.learning.persample.gradients import (
     Batch,
     Loss,
@@ -37,6 +39,7 @@ from fedseg.learning.persample.watch import remarks_on
 logger = logging.getLogger(__name__)
 
 SLAB = 1 << 18
+SMALL = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,8 @@ class _Total:
         self.sum = _zeros(network)
         self.norms: list[Tensor] = []
         self._clip = clip_norm, clipping
-        self._dtype = next(iter(self.sum.values())).dtype
+        kinds = {part.dtype for part in self.sum.values()}
+        self._dtype = max(kinds, key=lambda kind: torch.finfo(kind).eps)
 
     def weigh(self, squares: Tensor) -> Tensor:
         """The shares (patients,) of those with these squared norms."""
@@ -147,19 +151,40 @@ class _Total:
         """Add gradients of one parameter that are clipped already."""
         self.sum[name] += rows.sum(0)
 
-    def add(self, rows: Gradients, count: int) -> None:
+    def add(self, rows: Gradients, later: Sequence[Deferred], count: int) -> None:
         """Clip the gradients of so many patients, and add them."""
         device = next(iter(self.sum.values())).device
         squares = torch.zeros(count, dtype=torch.float64, device=device)
-        for part in rows.values():
+        groups = _grouped({name: part.reshape(count, -1) for name, part in rows.items()})
+        for _, part in groups:
             squares += squared_norms(part)
+        for each in later:
+            squares += each.squares()
         share = self.weigh(squares)
         lost = ~squares.isfinite()
-        for name, part in rows.items():
-            if bool(lost.any()):
+        some_lost = bool(lost.any())
+        for names, part in groups:
+            if some_lost:
                 part[lost] = 0
-            flat = part.reshape(count, -1)
-            self.sum[name].view(-1).addmv_(flat.mT, share.to(flat.dtype))
+            clipped = part.mT @ share.to(part.dtype)
+            sizes = [self.sum[name].numel() for name in names]
+            for name, own in zip(names, torch.split(clipped, sizes), strict=True):
+                self.sum[name].view(-1).add_(own)
+        for each in later:
+            self.sum[each.name] += each.weighted(share)
+
+
+def _grouped(rows: Gradients) -> list[tuple[list[str], Tensor]]:
+    """Gradients (patients, numbers), the small ones of a type side by side: fewer calls."""
+    small: dict[torch.dtype, list[str]] = {}
+    groups = []
+    for name, part in rows.items():
+        if part.shape[1] <= SMALL:
+            small.setdefault(part.dtype, []).append(name)
+        else:
+            groups.append(([name], part))
+    joined = [(names, torch.cat([rows[n] for n in names], 1)) for names in small.values()]
+    return groups + joined
 
 
 def squared_norms(rows: Tensor) -> Tensor:
@@ -182,17 +207,21 @@ def _add_up(
         if method == "two-pass":
             _two_passes(network, loss, piece, total)
             continue
-        rows = gradients(network, loss, piece, method)
+        later: list[Deferred] = []
+        whole = piece.begins and piece.ends
+        rows = gradients(network, loss, piece, method, later if whole else None)
         count = len(piece.patients)
         with torch.no_grad():
             if not piece.begins:
                 for name, part in carried.items():
+                    if name not in rows:  # used by this patient's earlier samples alone
+                        rows[name] = part.new_zeros(count, *part.shape)
                     rows[name][0] += part
             if not piece.ends:
                 carried = {name: part[-1].clone() for name, part in rows.items()}
                 rows, count = {name: part[:-1] for name, part in rows.items()}, count - 1
             if count:
-                total.add(rows, count)
+                total.add(rows, later, count)
     return total
 
 

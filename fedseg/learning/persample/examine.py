@@ -51,8 +51,8 @@ def examine(network: nn.Module, loss: Loss, batch: Batch, patients: Tensor) -> E
         patients: (samples,), at least two patients.
 
     Raises:
-        PlanError: batch norm or running statistics; a layer or loss that mixes samples; gradients
-            of parameters that neither a batch nor the loop gives.
+        PlanError: batch norm or running statistics; buffers that a forward changes; a layer or loss
+            that mixes samples.
         ValueError: fewer than two patients.
     """
     refuse_running_statistics(network)
@@ -61,6 +61,7 @@ def examine(network: nn.Module, loss: Loss, batch: Batch, patients: Tensor) -> E
         raise ValueError("an examination needs samples of at least two patients")
     device = work.inputs.device
     with torch.random.fork_rng(devices=[device] if work.inputs.is_cuda else []):
+        _refuse_memory(network, work)
         with out_of_place(network):
             _refuse_mixing(network, work)
         _refuse_mixing_loss(network, loss, work)
@@ -109,6 +110,21 @@ def _furthest(found: Gradients, expected: Gradients) -> str | None:
         if not share <= worst:
             worst, name = share, key
     return name
+
+
+def _refuse_memory(network: nn.Module, work: Work) -> None:
+    """Refuse buffers that a forward changes: what one patient left there would meet the next."""
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    with torch.no_grad():
+        network(work.inputs)
+        for name, buffer in network.named_buffers():
+            if not torch.equal(buffer, before[name]):
+                buffer.copy_(before[name])
+                raise PlanError(
+                    f"the network's buffer {name!r} is changed by the patients that pass, so that "
+                    "no per-patient gradient exists and their traces would leave the hospital; use "
+                    "layers that keep nothing of their input"
+                )
 
 
 def _refuse_mixing(network: nn.Module, work: Work) -> None:

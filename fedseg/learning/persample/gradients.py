@@ -7,12 +7,14 @@ vector however many samples it has.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from fedseg.learning.persample.deferred import Deferred
 from fedseg.learning.persample.rules import Gradients
 from fedseg.learning.persample.watch import Sink, Watch, watched
 
@@ -94,8 +96,16 @@ def pieces(work: Work, samples: int | None, method: Method) -> Iterator[Work]:
     return (_piece(work, start, stop) for start, stop in cuts)
 
 
-def gradients(network: nn.Module, loss: Loss, piece: Work, method: Method) -> Gradients:
+def gradients(
+    network: nn.Module,
+    loss: Loss,
+    piece: Work,
+    method: Method,
+    later: list[Deferred] | None = None,
+) -> Gradients:
     """Gradients (patients, *parameter) of one piece of work, by name; unused parameters have none.
+
+    Those that are better deferred go into `later` where there is such a list.
 
     Raises:
         UnsupportedLayerError: see `watched`; only the loop can do it.
@@ -108,29 +118,19 @@ def gradients(network: nn.Module, loss: Loss, piece: Work, method: Method) -> Gr
     def sink(name: str, rows: Tensor) -> None:
         found[name] = found[name] + rows if name in found else rows
 
-    with batched(network, loss, piece, sink) as (_, losses):
+    with batched(network, loss, piece, sink, later) as (_, losses):
         backward(losses, piece.weights)
     return found
 
 
-class batched:  # noqa: N801 (a context manager, used as a function)
+@contextmanager
+def batched(
+    network: nn.Module, loss: Loss, piece: Work, sink: Sink, later: list[Deferred] | None = None
+) -> Iterator[tuple[Watch, Tensor]]:
     """The forward of a watched network: gives the watch and the losses (samples,)."""
-
-    def __init__(self, network: nn.Module, loss: Loss, piece: Work, sink: Sink) -> None:
-        self._network, self._loss, self._piece = network, loss, piece
-        self._watch = Watch(len(piece.inputs), piece.patients, sink)
-        self._watched = watched(network, self._watch)
-
-    def __enter__(self) -> tuple[Watch, Tensor]:
-        self._watched.__enter__()
-        try:
-            return self._watch, losses_of(self._network, self._loss, self._piece)
-        except BaseException as error:
-            self._watched.__exit__(type(error), error, error.__traceback__)
-            raise
-
-    def __exit__(self, *error: object) -> None:
-        self._watched.__exit__(*error)  # type: ignore[arg-type]
+    watch = Watch(len(piece.inputs), piece.patients, sink, later)
+    with watched(network, watch):
+        yield watch, losses_of(network, loss, piece)
 
 
 def losses_of(network: nn.Module, loss: Loss, piece: Work) -> Tensor:

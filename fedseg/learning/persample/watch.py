@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedseg.learning.persample.deferred import Deferred, deferrable
 from fedseg.learning.persample.folded import FOLDED
 from fedseg.learning.persample.rules import (
     RULES,
@@ -36,17 +37,20 @@ Own = dict[str, str]  # a layer's own trained parameters: name in the layer -> n
 
 
 class Watch:
-    """What the layers of a watched network report to; `patients` and `sink` may be exchanged.
+    """What the layers of a watched network report to; the public attributes may be exchanged.
 
     Args:
         samples: in the batch.
         patients: slices of the samples, side by side.
         sink: gets a parameter's name and gradients (patients, *parameter), in the order of the
             backward; more than once for a parameter that is used more than once.
+        later: takes the weights that are better `deferred`, where the caller can wait.
     """
 
-    def __init__(self, samples: int, patients: Patients, sink: Sink) -> None:
-        self.samples, self.patients, self.sink = samples, patients, sink
+    def __init__(
+        self, samples: int, patients: Patients, sink: Sink, later: list[Deferred] | None = None
+    ) -> None:
+        self.samples, self.patients, self.sink, self.later = samples, patients, sink, later
         self.uses: Counter[str] = Counter()
         self.keep = False
         self._inside = False
@@ -96,6 +100,7 @@ class Watch:
             raise UnsupportedLayerError(f"{name}: its input was changed in place after it was used")
         if not self.keep:
             held.clear()
+        own = self._defer(own, layer, x, gradient)
         self._inside = True
         try:
             with torch.no_grad():
@@ -106,6 +111,17 @@ class Watch:
             self._inside = False
         for local, rows in found.items():
             self.sink(own[local], rows)
+
+    def _defer(self, own: Own, layer: nn.Module, x: Tensor, gradient: Tensor) -> Own:
+        """Put a weight off where that is possible; what is left to be done now."""
+        weight = own.get("weight", "")
+        if self.later is None or self.uses[weight] != 1:
+            return own
+        if not deferrable(layer, x, gradient, self.patients):
+            return own
+        assert isinstance(layer, nn.modules.conv._ConvNd)
+        self.later.append(Deferred(weight, layer, x, gradient))
+        return {local: name for local, name in own.items() if local != "weight"}
 
     def _check_batch(self, name: str, x: Tensor) -> None:
         if x.ndim == 0 or len(x) != self.samples:

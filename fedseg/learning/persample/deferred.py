@@ -1,0 +1,104 @@
+"""Large weights at few positions: a patient's norm from the factors, the clipped sum afterwards.
+
+At the bottom of a U-Net a convolution has a large weight and few positions. A patient's gradient is
+there a product G^T X of two small factors, G (positions, out) and X (positions, in x kernel), and
+writing one for each patient takes longer than computing it. Its norm needs the factors' products
+alone: |G^T X|^2 = sum(G G^T * X X^T) (Li et al., ICLR 2022). Once all shares are known, one plain
+backward gives the weighted sum of the batch (Bu et al., ICML 2023). X X^T is a sum over the kernel
+of shifted products of pixels, so that nothing is unfolded.
+
+The bound: the norm is computed in float64 from the very factors that go into the sum, and the most
+that adding their products in any order can round by is added to it. It holds after rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from fedseg.learning.persample.rules import Patients, convolution
+
+KINDS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+FEW_POSITIONS = 64
+LARGE_WEIGHT = 1 << 17  # below it nothing is gained
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """One convolution's weight, its gradients not computed yet; each sample is a patient."""
+
+    name: str
+    layer: _ConvNd
+    x: Tensor
+    gradient: Tensor
+
+    def squares(self) -> Tensor:
+        """Squared norms (patients,), float64, of the gradients as they may be rounded."""
+        x, gradient = _factors(self.layer, self.x, self.gradient)
+        outer = gradient.flatten(2).double()
+        first = outer.mT @ outer
+        second = _patches(x.double(), gradient.shape[2:], self.layer)
+        exact = (first * second).sum((1, 2)).clamp(min=0).sqrt()
+        most = (_diagonal(first) * _diagonal(second)).clamp(min=0).sqrt().sum(1)
+        rounding = (first.shape[1] + 8) * torch.finfo(self.gradient.dtype).eps
+        return (exact + rounding * most).square()
+
+    def weighted(self, shares: Tensor) -> Tensor:
+        """The sum of the patients' gradients (*weight), each times its share.
+
+        Those with a share of 0 take no part: theirs may not be finite.
+        """
+        x, gradient, kept = self.x, self.gradient, shares > 0
+        if not bool(kept.any()):
+            return torch.zeros_like(self.layer.weight).detach()
+        if not bool(kept.all()):
+            x, gradient = x[kept], gradient[kept]
+        factors = shares[kept].to(gradient.dtype).view(-1, *(1,) * (gradient.ndim - 1))
+        whole = [slice(0, len(x))]
+        return convolution(self.layer, x, gradient * factors, whole, ("weight",))["weight"][0]
+
+
+def deferrable(layer: nn.Module, x: Tensor, gradient: Tensor, patients: Patients) -> bool:
+    """Whether deferring a convolution's weight is exact, and worth it."""
+    if type(layer) not in KINDS or len(patients) != len(x) or gradient.device.type != "cpu":
+        return False
+    assert isinstance(layer, _ConvNd)
+    plain = layer.groups == 1 and layer.padding_mode == "zeros" and isinstance(layer.padding, tuple)
+    if not plain or not x.dtype == gradient.dtype == layer.weight.dtype or x.ndim < 3:
+        return False
+    few = max(x[0, 0].numel(), gradient[0, 0].numel()) <= FEW_POSITIONS
+    return few and layer.weight.numel() >= LARGE_WEIGHT
+
+
+def _factors(layer: _ConvNd, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Input and output of the convolution whose weight it is, transposed ones turned round."""
+    return (gradient, x) if isinstance(layer, _ConvTransposeNd) else (x, gradient)
+
+
+def _diagonal(matrices: Tensor) -> Tensor:
+    return matrices.diagonal(dim1=1, dim2=2)
+
+
+def _patches(x: Tensor, sides: tuple[int, ...], layer: _ConvNd) -> Tensor:
+    """Products of the patches that a convolution sees: (samples, positions, positions)."""
+    flat = x.flatten(2)
+    pixels = (flat.mT @ flat).view(len(x), *x.shape[2:], *x.shape[2:])
+    assert not isinstance(layer.padding, str)
+    margins = [p for p in reversed(layer.padding) for _ in range(2)]
+    pixels = functional.pad(pixels, margins * 2)
+    found = x.new_zeros(len(x), *sides, *sides)
+    for offset in product(*(range(k) for k in layer.kernel_size)):
+        ranges = tuple(
+            slice(at * d, at * d + (n - 1) * step + 1, step)
+            for at, d, n, step in zip(offset, layer.dilation, sides, layer.stride, strict=True)
+        )
+        found += pixels[(slice(None), *ranges, *ranges)]
+    return found.view(len(x), prod(sides), prod(sides))
