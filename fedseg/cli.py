@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from fedseg import __version__
-from fedseg.commands import demo, federation, models, phantoms, plans, pretrain, simulations
+from fedseg.commands import audit, demo, federation, models, phantoms, plans, pretrain, simulations
 from fedseg.shell import run
 
 app = typer.Typer(
@@ -16,6 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(plans.app, name="plan")
+app.add_typer(audit.app, name="audit")
 app.command("demo", epilog=demo.EPILOG)(demo.run)
 app.command("federation", epilog=federation.EPILOG)(federation.run)
 app.command("phantoms", epilog=phantoms.EPILOG)(phantoms.write)
