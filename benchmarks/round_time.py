@@ -35,7 +35,7 @@ from tiny_studies import PLAN
 from fedseg.chain import read_chain
 from fedseg.commands.federation import write_plan_file
 from fedseg.imaging.phantoms import write_phantoms
-from fedseg.offspring import descendants
+from fedseg.offspring import descendants, is_alive
 from fedseg.quiet import QUIET
 from fedseg.simulation.deployment import Deployment
 from fedseg.simulation.hospitals import divide
@@ -193,16 +193,18 @@ def _relay_starts(deployment: Deployment, times: int = 5) -> list[float]:
             process = subprocess.Popen(
                 relay.command, env=dict(relay.environment), stdout=stream, stderr=stream
             )
-        while what_it_says(log.read_text()) != "on line":
-            if process.poll() is not None or time.monotonic() - started > 120:
-                raise TimeoutError(f"the relay did not come on line: {log.read_text()[-500:]}")
-            time.sleep(0.01)
-        seconds.append(time.monotonic() - started)
-        rest = descendants(process.pid)
-        for pid in (process.pid, *rest):
-            os.kill(pid, signal.SIGTERM)
-        process.wait(30)
-        while any(Path(f"/proc/{pid}").exists() for pid in rest):
+        try:
+            while what_it_says(log.read_text()) != "on line":
+                if process.poll() is not None or time.monotonic() - started > 120:
+                    raise TimeoutError(f"the relay is not on line: {log.read_text()[-500:]}")
+                time.sleep(0.01)
+            seconds.append(time.monotonic() - started)
+        finally:
+            rest = descendants(process.pid)
+            for pid in (process.pid, *rest):
+                os.kill(pid, signal.SIGTERM)
+            process.wait(30)
+        while any(is_alive(pid) for pid in rest):
             time.sleep(0.1)
     return seconds
 
