@@ -6,7 +6,7 @@ import typer
 
 from fedseg.shell import run
 from sites import check, doctor
-from sites.commands import audit, control, enrolment, ledger, models, plans
+from sites.commands import audit, control, egress, enrolment, ledger, models, plans
 
 HELP = "Check a hospital's data, take part in studies on its own terms, and use their models."
 
@@ -34,6 +34,7 @@ app.command("predict", epilog=models.PREDICT_EPILOG)(models.predict)
 app.add_typer(audit.audit, name="audit")
 app.add_typer(audit.backup, name="backup")
 app.add_typer(ledger.app, name="ledger")
+app.add_typer(egress.app, name="egress")
 app.add_typer(check.cache, name="cache")
 app.command("leave", epilog=enrolment.LEAVE_EPILOG)(enrolment.leave)
 
