@@ -13,17 +13,21 @@ from typing import TYPE_CHECKING
 
 from fedseg.aggregation.rounds import schedule
 from fedseg.plan import StudyPlan
+from fedseg.privacy.words import in_one_line
+from sites.outgoing import leaves
+from sites.pledge import guaranteed
 from sites.policy import Rule
+from sites.wording import duration, listed, times
 
 if TYPE_CHECKING:
     from fedseg.security.identity import Bundle, Roll
     from sites.approval import Approval, CohortRecord
 
-FEW_PATIENTS = 5
-_METRICS = {
-    "dice": "Dice overlap",
-    "hd95": "95th percentile surface distance in mm",
-    "nsd": "surface overlap within a tolerance",
+_PARTS = {
+    "all": "all are trained",
+    "norms": "those of the norm layers alone are trained",
+    "head": "those of the last layer alone are trained",
+    "norms+head": "those of the norm layers and of the last layer alone are trained",
 }
 
 
@@ -62,7 +66,8 @@ def explain(situation: Situation) -> tuple[Section, ...]:
     return (
         Section("In short", _in_short(situation)),
         Section("What is trained, on which data", _trained(plan, situation.record)),
-        Section("What leaves the hospital", _leaves(plan, situation.record)),
+        Section("What leaves the hospital", leaves(plan, situation.record)),
+        Section("The privacy guarantee", guaranteed(plan, situation.record)),
         Section("Who could learn what", _learnt(plan, len(situation.roll.sites))),
         Section("Who takes part", _parties(situation)),
         Section("How long", _duration(plan, situation.roll)),
@@ -87,8 +92,9 @@ def _in_short(situation: Situation) -> tuple[str, ...]:
         state += f" Forbidden by this hospital's policy: {', '.join(forbidden)}."
     return (
         f"The hospitals of the study {plan.study} train one computer model together that marks "
-        f"{_listed(list(plan.task.labels))} in {_images(plan)}. Images stay in each hospital; what "
+        f"{listed(list(plan.task.labels))} in {_images(plan)}. Images stay in each hospital; what "
         "the model learnt from them is sent to the coordinator, who combines it.",
+        f"Privacy guarantee: {in_one_line(plan)}",
         state,
         f"Digest of the plan, which is what you approve: {plan.digest}",
     )
@@ -108,71 +114,58 @@ def _trained(plan: StudyPlan, record: CohortRecord | None) -> tuple[str, ...]:
     )
     return (
         used,
-        f"The model: {plan.model.network}, {plan.task.dimensions}-D, {parameters:,} numbers. In "
-        f"each of {rounds} rounds it is trained here in {training.steps_per_round} steps of "
-        f"{training.batch_size} image patches of {_times(plan.task.patch_size)} points at a "
-        f"spacing of {_times(plan.task.spacing_mm)} mm.",
+        f"The model: {plan.model.network}, {plan.task.dimensions}-D, {parameters:,} numbers, of "
+        f"which {_PARTS[training.trainable]}. In each of {rounds} rounds it is trained here in "
+        f"{training.steps_per_round} steps of {_step(plan)} of {times(plan.task.patch_size)} "
+        f"points at a spacing of {times(plan.task.spacing_mm)} mm.",
         "Prepared copies of the images are kept in the cache folder of this site, readable by its "
         "own user only. Nothing is written into the data folder. Only software that this hospital "
         "installed touches images.",
     )
 
 
-def _leaves(plan: StudyPlan, record: CohortRecord | None) -> tuple[str, ...]:
-    """Every kind of message, how often, how large."""
-    update, stages = plan.built.nbytes, [stage for _, stage in schedule(plan)]
-    rounds, attempts = stages.count("train"), plan.aggregation.attempts
-    measured = stages.count("evaluate")
-    metrics = _listed([_METRICS.get(name, name) for name in plan.evaluation.metrics])
-    held_back = record.patients.get("val", 0) if record else None
-    few = (
-        f" Only {held_back} of your patients are held back: such a mean says much of each of them."
-        if held_back is not None and 0 < held_back < FEW_PATIENTS
-        else " With very few patients held back, a mean says much of each of them."
-    )
-    return (
-        "At the start, and whenever the study is taken up again: how many patients and images this "
-        "hospital brings to each part, and how many images were left out.",
-        f"{_times_said(rounds)}, once a round: an update, which is the change of every number of "
-        f"the model, {_size(update)}; with it the number of patients trained on, the number of "
-        f"steps and the mean training error. A round that fails may be asked again, so at most "
-        f"{rounds * attempts} different updates ({attempts} a round).",
-        f"{_times_said(measured)}: the quality of the common model on your held-back patients, "
-        f"as means for each label ({metrics}), and the number of those patients.{few}",
-        "At the end: that the final model has arrived. In place of any of these: one word that "
-        "says why a task was refused.",
-        "With each message: this hospital's name and signature, and the time. No image, no drawn "
-        "label, no file name, no name or number of a patient.",
-        f"In all about {_size(rounds * update)} leave (at most "
-        f"{_size(rounds * attempts * update)}) and about "
-        f"{_size((rounds + measured + 1) * update)} come in.",
-    )
+def _step(plan: StudyPlan) -> str:
+    """Whose image patches are in one step."""
+    if plan.private is None:
+        return f"{plan.training.batch_size} image patches"
+    patches = plan.private.patches_per_patient
+    who = "every patient" if plan.private.rate == 1 else "each patient that was drawn by lot"
+    return f"{patches} image patches of {who}"
 
 
 def _learnt(plan: StudyPlan, sites: int) -> tuple[str, ...]:
     """What each party could find out."""
-    assert plan.privacy.guarantee == "none"
     alone = (
         " As long as there are two of you, the other one can work out your updates exactly."
         if sites <= 2
         else ""
     )
-    return (
-        "This plan has NO privacy guarantee. From an update one may reconstruct images that were "
-        "trained on, or tell whether a certain person's images were among them; research has shown "
-        "both, most easily with few patients, small batches and early rounds. Whether updates are "
-        "personal data is for your data protection officer to judge; assume that they are.",
+    coordinator = (
         "The coordinator reads every update of this hospital and knows whose it is: it could "
         "attempt the above. It also chooses the models that are sent; one that is dishonest could "
-        "choose them so that updates tell more.",
+        "choose them so that updates tell more."
+    )
+    later = (
+        "Whoever holds the final model later: perhaps whether a person was trained on, and what "
+        "the model has memorised."
+    )
+    if plan.private:
+        coordinator = (
+            "The coordinator reads every update of this hospital and knows whose it is. Whatever "
+            "it does with them, and whichever models it sends, the guarantee bounds what it finds "
+            "out about any one patient. It learns what is true of your patients as a whole."
+        )
+        later = "Whoever holds the final model later: the guarantee bounds that likewise."
+        alone += " The guarantee bounds what that tells of any one patient."
+    return (
+        coordinator,
         f"The other hospitals ({max(sites - 1, 0)} so far) get the common model of every round, "
         "not your updates. What they can draw from it concerns all the others together; the fewer "
         f"take part, the more it is about you.{alone}",
         "Who carries the messages (network, proxy, Flower's server): that this hospital takes "
         "part, when, and how large messages are. The content is sealed between trainer and "
         "coordinator.",
-        "Whoever holds the final model later: perhaps whether a person was trained on, and what "
-        "the model has memorised.",
+        later,
     )
 
 
@@ -199,9 +192,9 @@ def _duration(plan: StudyPlan, roll: Roll) -> tuple[str, ...]:
     timeout, attempts = plan.aggregation.round_timeout_s, plan.aggregation.attempts
     longest = sum(timeout * (attempts if stage == "train" else 1) for _, stage in schedule(plan))
     return (
-        f"{plan.aggregation.rounds} rounds; the coordinator waits at most {_time(timeout)} for the "
-        f"answers of each step, so at most {_time(longest)} of work in all, mostly far less. "
-        "Pauses are not counted.",
+        f"{plan.aggregation.rounds} rounds; the coordinator waits at most {duration(timeout)} for "
+        f"the answers of each step, so at most {duration(longest)} of work in all, mostly far "
+        "less. Pauses are not counted.",
         f"The list of sites holds until {roll.valid_until}: after that no task is accepted.",
     )
 
@@ -230,37 +223,3 @@ def _images(plan: StudyPlan) -> str:
     channels = plan.task.channels
     modalities = " and ".join(sorted({channel.modality for channel in channels}))
     return f"{modalities} images ({', '.join(channel.name for channel in channels)})"
-
-
-def _listed(names: list[str]) -> str:
-    """Words in a row."""
-    shown = names[:12]
-    if len(names) > len(shown):
-        return f"{', '.join(shown)} and {len(names) - len(shown)} more"
-    return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
-
-
-def _times(numbers: tuple[float, ...]) -> str:
-    """Numbers with a cross between."""
-    return " x ".join(f"{n:g}" for n in numbers)
-
-
-def _times_said(number: int) -> str:
-    """How often."""
-    return "Once" if number == 1 else f"{number} times"
-
-
-def _size(size: float) -> str:
-    """Bytes for people."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:.3g} {unit}"
-    return f"{size:.0f} bytes"
-
-
-def _time(seconds: float) -> str:
-    """Seconds for people."""
-    for unit, factor in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
-        if seconds >= 2 * factor:
-            return f"{seconds / factor:.3g} {unit}"
-    return f"{seconds:.0f} seconds"

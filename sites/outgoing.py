@@ -1,0 +1,182 @@
+"""What leaves a hospital in a study, in plain words: every kind of message, how often, how large.
+
+It follows the plan's `privacy.outputs`: a number that is withheld is not said to leave.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedseg.aggregation.rounds import schedule
+from fedseg.plan import StudyPlan
+from fedseg.privacy.words import withheld
+from sites.wording import duration, listed, size, times_said
+
+if TYPE_CHECKING:
+    from sites.approval import CohortRecord
+
+FEW_PATIENTS = 5
+_METRICS = {
+    "dice": "Dice overlap",
+    "hd95": "95th percentile surface distance in mm",
+    "nsd": "surface overlap within a tolerance",
+}
+
+
+def leaves(plan: StudyPlan, record: CohortRecord | None) -> tuple[str, ...]:
+    """Every kind of message, how often, how large.
+
+    Args:
+        record: the frozen cohort, or None where none is chosen.
+    """
+    lines = [_enlisting(plan), _updates(plan), *_scores(plan, record), _last(plan)]
+    if plan.private:
+        lines += _form(plan)
+    lines.append(
+        "With each message: this hospital's name and signature, and the time. No image, no drawn "
+        "label, no file name, no name or number of a patient."
+    )
+    return (*lines, _in_all(plan))
+
+
+def _enlisting(plan: StudyPlan) -> str:
+    """What is said when sites enlist."""
+    outputs = plan.privacy.outputs
+    begin = "At the start, and whenever the study is taken up again:"
+    said = "how many patients and images this hospital brings to each part"
+    if outputs.counts == "none":
+        return f"{begin} that this hospital is ready, and no number of patients or images."
+    if outputs.counts == "suppressed":
+        return f"{begin} {said}, {_many(plan)}; how many images were left out is not told."
+    return f"{begin} {said}, and how many images were left out."
+
+
+def _updates(plan: StudyPlan) -> str:
+    """What is sent after a round of training."""
+    outputs, rounds = plan.privacy.outputs, plan.aggregation.rounds
+    besides = []
+    if outputs.counts != "none":
+        besides.append("the number of patients trained on" + _where(plan, outputs.counts))
+    besides.append("the number of steps")
+    if outputs.losses != "none":
+        besides.append("the mean training error" + _where(plan, outputs.losses))
+    kept = [
+        words
+        for name, words in (
+            ("counts", "how many patients were trained on"),
+            ("losses", "the training error"),
+        )
+        if withheld(plan, name)
+    ]
+    line = (
+        f"{times_said(rounds)}, once a round: an update, which is the change of every number of "
+        f"the model{_noised(plan)}, {size(plan.built.nbytes)}; with it {listed(besides)}."
+    )
+    if kept:
+        line += f" Not told: {listed(kept)}."
+    return f"{line} {_again(plan)}"
+
+
+def _noised(plan: StudyPlan) -> str:
+    """What an update is under a guarantee."""
+    return ", with this hospital's own noise in it" if plan.private else ""
+
+
+def _again(plan: StudyPlan) -> str:
+    """How often there can be another update."""
+    rounds, attempts = plan.aggregation.rounds, plan.aggregation.attempts
+    if plan.private is None:
+        return (
+            f"A round that fails may be asked again, so at most {rounds * attempts} different "
+            f"updates ({attempts} a round)."
+        )
+    return (
+        "A round that fails may be asked again; then the stored answer leaves once more, the same "
+        f"to the last bit. In all at most {rounds} different updates, whatever is asked: after "
+        "that the hospital's ledger has nothing left for this study."
+    )
+
+
+def _scores(plan: StudyPlan, record: CohortRecord | None) -> tuple[str, ...]:
+    """What is sent after measuring."""
+    outputs = plan.privacy.outputs
+    measured = sum(stage == "evaluate" for _, stage in schedule(plan))
+    if outputs.metrics == "none":
+        return (
+            "The quality of the common model on your held-back patients is not measured for the "
+            "study, and nothing about it leaves.",
+        )
+    names = listed([_METRICS.get(name, name) for name in plan.evaluation.metrics])
+    number = ""
+    if outputs.counts != "none":
+        number = ", and the number of those patients" + _where(plan, outputs.counts)
+    line = (
+        f"{times_said(measured)}: the quality of the common model on your held-back patients, "
+        f"as means for each label ({names})"
+    )
+    if outputs.metrics == "noised":
+        return (f"{line}, each with noise that the guarantee counts{number}.",)
+    if outputs.metrics == "suppressed":
+        return (f"{line}, {_many(plan)}{number}.{_of_few(record, plan)}",)
+    return (f"{line}{number}.{_of_few(record, plan)}",)
+
+
+def _of_few(record: CohortRecord | None, plan: StudyPlan) -> str:
+    """A warning that a mean over few patients is nearly each one's."""
+    held_back = record.patients.get("val", 0) if record else None
+    least = plan.privacy.outputs.suppress_below
+    if plan.privacy.outputs.metrics == "suppressed" and held_back is not None:
+        if held_back < least:
+            return f" Only {held_back} of your patients are held back: these means do not leave."
+        return ""
+    if held_back is not None and 0 < held_back < FEW_PATIENTS:
+        return f" Only {held_back} of your patients are held back: such a mean says much of each."
+    return " With very few patients held back, a mean says much of each of them."
+
+
+def _last(plan: StudyPlan) -> str:
+    """What is sent at the end, and in place of an answer."""
+    refused = (
+        "one coarse word where a task was refused or failed, never what in the data caused it"
+        if plan.private
+        else "one word that says why a task was refused"
+    )
+    return f"At the end: that the final model has arrived. In place of any of these: {refused}."
+
+
+def _form(plan: StudyPlan) -> tuple[str, ...]:
+    """What the form and the time of an answer tell."""
+    assert plan.private is not None
+    held = plan.private.release_after_s
+    when = (
+        f"leaves {duration(held)} after its task came, however long the work took."
+        if held
+        else "leaves when it is ready: how long the work took may tell how many patients were in "
+        "it. The plan does not fix when answers leave (privacy.release_after_s)."
+    )
+    return (
+        f"All answers of one kind have the same length. An answer {when}",
+        "With each answer a blinded digest of this hospital's ledger, which says nothing to others "
+        "and comes back with the next task: so that a ledger that was put back is noticed.",
+    )
+
+
+def _in_all(plan: StudyPlan) -> str:
+    """How much moves."""
+    update, stages = plan.built.nbytes, [stage for _, stage in schedule(plan)]
+    rounds, measured = stages.count("train"), stages.count("evaluate")
+    most = f" (at most {size(rounds * plan.aggregation.attempts * update)})"
+    return (
+        f"In all about {size(rounds * update)} leave{most} and about "
+        f"{size((rounds + measured + 1) * update)} come in."
+    )
+
+
+def _where(plan: StudyPlan, openness: str) -> str:
+    """A suppressed number's condition."""
+    return f" ({_many(plan)})" if openness == "suppressed" else ""
+
+
+def _many(plan: StudyPlan) -> str:
+    """From how many patients on a suppressed number leaves."""
+    return f"where they are at least {plan.privacy.outputs.suppress_below}"
