@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from typer.testing import CliRunner, Result
 from fedseg.chain import verify_chain
 from fedseg.errors import DataError, PrivacyError, TrustError
 from fedseg.privacy.ledger import patient_key
+from fedseg.sole import BusyError, sole
 from sites import cli
 from sites.approval import approved as approval_of
 from sites.cohort import load_cohort
@@ -93,6 +97,28 @@ class TestApproval:
         assert not site.folder.ledger.exists() and not site.folder.ledger_secret.exists()
         with pytest.raises(PrivacyError, match="no ledger yet"):
             run(site, "show")
+
+    def test_the_command_approves_or_ends_with_1_and_says_the_rule(
+        self, tmp_path: Path, data: Path
+    ) -> None:
+        site = private_hospital(tmp_path / "site", data, approve=False)
+        place = {**os.environ, "FEDSEG_SITE": str(site.folder.path)}
+        start = "from sites.cli import main; main()"
+        words = ["plan", "approve", STUDY, "--data", str(data), "--by", "me"]
+        command = [sys.executable, "-c", start, *words]
+        template = site.folder.policy.read_text()
+        site.folder.policy.write_text(template.replace("total_epsilon: 10", "total_epsilon: 8"))
+        site.folder.policy.write_text(
+            site.folder.policy.read_text().replace("total_delta: 0.0001", "total_delta: 0.00001")
+        )
+        done = subprocess.run(command, env=place, capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and "total_epsilon" in done.stderr + done.stdout
+        assert approval_of(site.folder, STUDY) is None
+        site.folder.policy.write_text(template)
+        done = subprocess.run(command, env=place, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "ledger budget" in done.stdout
+        assert STUDY in ledger_of(site).book.studies
 
     def test_approving_again_changes_nothing(self, site: Hospital, data: Path) -> None:
         rows = len(ledger_of(site).rows)
@@ -183,6 +209,13 @@ class TestCommands:
         entry = site.audited("ledger_restored")[-1]
         assert entry.facts["what"] == "restored"
         assert site.said(site.ask(site.task("train", 2))).body.kind == "train"
+
+    def test_nothing_is_restored_under_a_running_trainer(self, site: Hospital) -> None:
+        with (
+            sole(site.folder.trainer / "lock", "a trainer runs"),
+            pytest.raises(BusyError, match="stop the trainer first"),
+        ):
+            run(site, "restore", "--reason", "too early")
 
     def test_a_folder_that_went_back_is_charged_to_the_studys_end(self, site: Hospital) -> None:
         run(site, "restore", "--whole-folder", "--reason", "backup of Sunday")
