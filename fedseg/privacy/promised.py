@@ -76,7 +76,8 @@ def record_of(
 ) -> GuaranteeRecord | None:
     """What a study that was run guaranteed, for its result; None where the plan has no guarantee.
 
-    A round that was tried again counts once: a hospital gives the answer again that it stored.
+    A round that was tried again counts once: a hospital gives the answer again that it stored. One
+    that nobody answered counts, too: hospitals pay before they work.
 
     Args:
         stages: the study's history.
@@ -89,7 +90,7 @@ def record_of(
     if plan.private is None:
         return None
     privacy = plan.private
-    asked = dict.fromkeys((record.round, record.stage) for record in stages if record.answers)
+    asked = dict.fromkeys((record.round, record.stage) for record in stages)
     names = [stage for _, stage in asked]
     train = _stated(done(plan, names), privacy, private)
     held_back = None

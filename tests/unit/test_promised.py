@@ -78,6 +78,8 @@ def test_the_record_counts_rounds_and_not_attempts() -> None:
     stages = _stages((0, "enlist", 1), (1, "train", 1), (1, "train", 2), (2, "train", 1))
     found = record_of(plan, stages)
     assert found is not None and found.private
+    unanswered = (*stages[:-1], *_stages((2, "train", 1), answered=False))
+    assert record_of(plan, unanswered) == found
     work = Mechanism(noise_multiplier=plan.noise.training, steps=40)
     assert found.epsilon_spent == pytest.approx(epsilon_spent([work], 1e-3), abs=2e-4)
     assert found.epsilon_spent >= epsilon_spent([work], 1e-3)

@@ -11,9 +11,11 @@ from rich.console import Console
 from small_plans import built_plan, private_plan, tiny_model
 from study_results import make_result
 
+from fedseg.commands.models import _load
 from fedseg.commands.simulations import privacy
 from fedseg.modelfile import ModelHeader, load_model, save_model
 from fedseg.plan import StudyPlan
+from fedseg.planfile import build, example, initial_path
 from fedseg.privacy.promised import record_of
 from fedseg.result import StageRecord, StudyResult
 from fedseg.simulation.display import Display
@@ -80,3 +82,16 @@ def test_no_model_keeps_a_guarantee_that_its_plan_does_not_give(tmp_path: Path) 
     value = load_model(path)[0].model_dump()
     with pytest.raises(ValidationError, match="without a guarantee"):
         ModelHeader.model_validate(value | {"private": True})
+
+
+def test_a_model_of_a_seeded_run_says_so_when_it_is_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(example("mr-3d-private").replace("[32, 64, 128]", "[4, 8, 16]"))
+    plan = build(path)
+    tensors = load_model(initial_path(path))[1]
+    for seeded in (False, True):
+        save_model(tmp_path / "m", plan, tensors, arm="federated", rounds=2, seeded=seeded)
+        _load(tmp_path / "m", "cpu")
+        assert ("NOT PRIVATE" in capsys.readouterr().err) is seeded

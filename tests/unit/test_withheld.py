@@ -12,11 +12,13 @@ from memory_grid import Kept, MemoryGrid, Site, Time
 from pure_studies import SITES, reply, run_purely, train
 from rich.console import Console
 from small_plans import answer, body_of, built_plan, private_plan, tiny_model, withheld_body
-from small_studies import NOW
+from small_studies import NOW, write_built
 
 from coordinator.commands.status_page import page as page_of
 from coordinator.dashboard.notices import Situation
 from coordinator.dashboard.page import render
+from coordinator.folder import StudyFolder, new_settings
+from coordinator.office.founding import found
 from coordinator.progress.document import load_progress
 from coordinator.progress.keeper import ProgressKeeper
 from coordinator.rounds.study import Study
@@ -24,7 +26,9 @@ from coordinator.running.control import Snapshot
 from fedseg.aggregation.checkpoint import load_state, save_state
 from fedseg.aggregation.rounds import StudyState, first_state
 from fedseg.arrays import digest_of
+from fedseg.errors import PlanError
 from fedseg.plan import StudyPlan
+from fedseg.security.documents import stamp
 from fedseg.updates import (
     AnswerError,
     Body,
@@ -182,9 +186,9 @@ def test_states_and_progress_without_numbers_survive_their_files(tmp_path: Path)
     for each in (*kept.states, state):
         save_state(tmp_path / "state", PLAN, each)
         assert load_state(tmp_path / "state", PLAN).history == each.history
-    found = load_progress(tmp_path / "progress.json")
-    assert found is not None
-    assert found.model_copy(update={"updated": keeper.document().updated}) == keeper.document()
+    read = load_progress(tmp_path / "progress.json")
+    assert read is not None
+    assert read.model_copy(update={"updated": keeper.document().updated}) == keeper.document()
 
 
 @pytest.mark.parametrize("stage", ["enlist", "train"])
@@ -258,3 +262,12 @@ def test_the_status_says_the_guarantee_and_what_is_withheld(tmp_path: Path) -> N
         assert ("withheld" in text) is not loud
         assert ("NONE: images stay" in text) is loud
         assert ("(4, 0.001)-differential privacy" in text) is not loud
+
+
+def test_a_private_study_is_not_founded_without_its_noise(tmp_path: Path) -> None:
+    plan = PLAN.model_copy(update={"calibrated": None})
+    path = write_built(tmp_path / "plan.json", plan)
+    settings = new_settings(study="tiny", host="fl.example.org", created=stamp(NOW))
+    with pytest.raises(PlanError, match="noise is not calibrated"):
+        found(StudyFolder(tmp_path / "study"), path, settings, now=NOW)
+    assert not (tmp_path / "study").exists()
