@@ -180,7 +180,7 @@ class Training(Frozen):
     """What every site does in one round. Dice + cross-entropy, averaged per patient.
 
     `trainable` leaves the rest of the network as the study found it: `norms` are the affine
-    parameters of norm layers (and PReLU), `head` is the last layer. Under a guarantee the rate says
+    parameters of norm layers, `head` is the last layer. Under a guarantee the rate says
     who is in a step: `batch_size` has no meaning there.
     """
 

@@ -2,7 +2,9 @@
 
 Few trained parameters matter under a guarantee: the noise's norm grows with the square root of
 their number, the gradient's does not. Norm affines and the last layer adapt a pre-trained network
-to new scanners and labels (Chen et al., TMLR 2024, arXiv 2302.01190, on images).
+to new data (Tobaben et al., TMLR 2023, arXiv 2302.01190). The slopes of PReLU are left out: each is
+shared by every channel and voxel of its layer, so that a handful has a larger gradient than all the
+rest together, and would use up a patient's clip norm.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ NORMS = (
     nn.GroupNorm,
     nn.LayerNorm,
     nn.RMSNorm,
-    nn.PReLU,
 )
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 
@@ -29,8 +30,8 @@ def freeze(network: nn.Module, trainable: Trainable) -> tuple[str, ...]:
 
     Args:
         network: as built; call it once, before an optimiser is made.
-        trainable: `all`; `norms`, the affine parameters of norm layers and slopes of PReLU;
-            `head`, the convolution or linear layer that is defined last; or both.
+        trainable: `all`; `norms`, the affine parameters of norm layers; `head`, the convolution or
+            linear layer that is defined last; or both.
 
     Returns:
         The names of the parameters that are trained, in the network's order.
@@ -58,7 +59,7 @@ def _wanted(network: nn.Module, trainable: Trainable) -> set[int] | None:
     parts: list[nn.Module] = []
     if "norms" in trainable:
         norms = [layer for layer in network.modules() if _is(layer, NORMS)]
-        if not any(not isinstance(layer, nn.PReLU) for layer in norms):
+        if not norms:
             raise PlanError(
                 f"training.trainable is {trainable}, but the network has no norm with affine "
                 "parameters: choose a network that has, or train head or all"
