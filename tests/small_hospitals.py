@@ -28,6 +28,7 @@ from fedseg.security.keys import (
 )
 from fedseg.updates import AnswerHeader, TaskHeader, seal_task, task_digest
 from sites.chronicle import Chronicle
+from sites.client import Clock
 from sites.cohort import choose_cohort
 from sites.decision import approve
 from sites.enrolment import join, open_offer
@@ -153,7 +154,7 @@ class Hospital:
         """Its signing key."""
         return load_signing_key(self.folder.signing_key)
 
-    def gate(self, chronicle: Chronicle | None = None) -> Gate:
+    def gate(self, chronicle: Chronicle | None = None, clock: Clock | None = None) -> Gate:
         """A gate, as a trainer that was just started opens it."""
         keys = Keys(self.signing, load_receiving_key(self.folder.receiving_key))
         chain = Chain(self.folder.audit, keys.signing, lambda: text(self.now))
@@ -165,6 +166,7 @@ class Hospital:
             chronicle=chronicle or Chronicle(chain),
             now=lambda: self.now,
             make_trainer=make_trainer,
+            clock=clock,
         )
 
     def task(self, stage: str = "train", round_: int = 1, **changes: Any) -> bytes:
