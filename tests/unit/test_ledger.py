@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+import threading
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -518,3 +519,76 @@ def test_where_the_audit_went_back_too_open_studies_are_charged_to_their_end(
     )
     assert recovered == 3
     assert sum(m.steps for m in again.book.charges(patient(0))) == 22, "everyone, either use"
+
+
+def test_a_register_that_a_backup_does_not_know_charges_everyone_and_ends_the_study(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    """The backup holds the study's first register; patients were charged under the second."""
+    backup = Path(shutil.copy(place(tmp_path), tmp_path / "backup"))
+    registered(ledger, study(train=range(5, 10)))
+    registered(ledger, study(train=range(30, 40)))
+    ledger.reserve(digest("1"), "liver", "train", STEP, LIMITS)
+    before = spent(ledger, 35)
+    place(tmp_path).unlink()
+    back, recovered = restored(tmp_path, backup)
+    assert recovered == 1 and spent(back, 35) == before > 0
+    with pytest.raises(PrivacyError, match="closed"):
+        back.reserve(digest("2"), "liver", "train", STEP, LIMITS)
+    place(tmp_path).unlink()
+    assert spent(restored(tmp_path, backup)[0], 35) == before, "nor does the next backup forget"
+
+
+def test_links_and_withdrawals_come_back_from_the_audit(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.reserve(digest("1"), "liver", "train", STEP, LIMITS)
+    backup = Path(shutil.copy(place(tmp_path), tmp_path / "backup"))
+    ledger.link((patient(0), patient(1)), (patient(70),), "the same person")
+    ledger.withdraw(patient(3), "asked by letter")
+    ledger.close("liver", "over")
+    before = spent(ledger, 70)
+    shutil.copy(backup, place(tmp_path))
+    back, recovered = restored(tmp_path)
+    assert recovered == 0 and spent(back, 70) == before > 0
+    assert back.book.has_withdrawn(patient(3)) and back.book.studies["liver"].closed == "over"
+
+
+def test_a_head_that_a_declared_restore_lost_is_still_known(ledger: Ledger, tmp_path: Path) -> None:
+    """Else a study could never go on after a disk died at one of its hospitals."""
+    backup = Path(shutil.copy(place(tmp_path), tmp_path / "backup"))
+    ledger.reserve(digest("1"), "liver", "train", STEP, LIMITS)
+    head = ledger.blinded_head("liver")
+    shutil.copy(backup, place(tmp_path))
+    back, _ = restored(tmp_path)
+    back.acknowledge("liver", head)
+    with pytest.raises(TrustError, match="put back"):
+        back.acknowledge("liver", digest("nobody's"))
+
+
+def test_threads_read_what_others_wrote_once(ledger: Ledger, tmp_path: Path) -> None:
+    other = reopened(tmp_path)
+    for number in range(20):
+        other.withdraw(patient(100 + number), "asked by letter")
+    heads: list[str] = []
+    start = threading.Barrier(8)
+
+    def ask() -> None:
+        start.wait()
+        heads.append(ledger.blinded_head("liver"))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert heads == [other.blinded_head("liver")] * 8
+    assert [row.n for row in ledger.rows] == list(range(1, 23))
+
+
+def test_a_person_with_records_in_both_uses_must_have_room_for_both(tmp_path: Path) -> None:
+    tight = replace(LIMITS, total_epsilon=2.7)
+    ledger = created(tmp_path, tight)
+    registered(ledger, study("one", range(20, 30), range(30, 33)), tight)  # fits for anyone once
+    ledger.link((patient(90),), (patient(0), patient(1)), "one number, perhaps one person")
+    ledger.link((patient(0),), (patient(0), patient(1)), "and so it was")
+    with pytest.raises(PrivacyError, match="1 of the 14 patients"):
+        registered(ledger, study("two"), tight)

@@ -114,7 +114,9 @@ class Book:
             case Registered():
                 self.studies[event.study] = Study(event, at)
             case Reserved() | Recovered():
-                everyone = isinstance(event, Recovered) and event.study not in self.studies
+                everyone = isinstance(event, Recovered) and (
+                    event.everyone or event.study not in self.studies
+                )
                 self.debits[event.reservation] = Debit(
                     event.reservation, event.study, event.use, event.mechanism, at, everyone
                 )

@@ -20,6 +20,7 @@ from fedseg.privacy.mechanisms import Mechanism
 
 START = "0" * 64
 _LEAST_SECRET = 32
+_MOST_LINKED = 100  # so that a link fits into a line of the audit
 
 Patient = Digest
 Use = Literal["train", "val"]
@@ -96,8 +97,8 @@ class Linked(Frozen):
     """Ids that turned out to mean the same people: each new one carries all of the old ones."""
 
     kind: Literal["linked"] = "linked"
-    old: Annotated[tuple[Patient, ...], Field(min_length=1)]
-    new: Annotated[tuple[Patient, ...], Field(min_length=1)]
+    old: Annotated[tuple[Patient, ...], Field(min_length=1, max_length=_MOST_LINKED)]
+    new: Annotated[tuple[Patient, ...], Field(min_length=1, max_length=_MOST_LINKED)]
     reason: Words
 
 
@@ -112,7 +113,7 @@ class Withdrawn(Frozen):
 class Recovered(Frozen):
     """A debit that another copy or the audit knows of and a restored ledger had lost.
 
-    Where the study's register is lost as well, every patient is charged, known or not.
+    Where the register that it was made under is lost as well, `everyone` is charged, known or not.
     """
 
     kind: Literal["recovered"] = "recovered"
@@ -120,6 +121,7 @@ class Recovered(Frozen):
     study: Name
     use: Use
     mechanism: Mechanism
+    everyone: bool = False
 
 
 class Restored(Frozen):
@@ -144,6 +146,11 @@ Event = Annotated[
     Field(discriminator="kind"),
 ]
 _EVENT: TypeAdapter[Event] = TypeAdapter(Event)
+
+
+def read_event(text: str) -> Event:
+    """An event from its canonical JSON; a pydantic ValidationError where it is none."""
+    return _EVENT.validate_json(text)
 
 
 class Row(Frozen):
@@ -182,7 +189,7 @@ def opened_row(number: int, at: str, text: str, prev: str, digest: str, after: s
             "nothing is trained on until `fedseg-site ledger restore` has brought it back"
         )
     try:
-        return Row(n=number, at=at, event=_EVENT.validate_json(text), prev=prev, hash=digest)
+        return Row(n=number, at=at, event=read_event(text), prev=prev, hash=digest)
     except ValidationError:
         raise TrustError(f"row {number} of the ledger is of another version of fedseg") from None
 

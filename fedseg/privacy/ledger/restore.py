@@ -3,7 +3,8 @@
 From every copy at hand (what is left of the ledger, backups) the longest sound beginning is read.
 The copy that the audit knows best is the base; whatever debit, answer, link or withdrawal another
 copy or the audit knows of and the base lacks is written behind it. So the spend is never less than
-in any copy, nor than the audit has seen. A debit whose register is lost is charged to everyone.
+in any copy, nor than the audit has seen. A debit whose register is lost is charged to everyone, and
+the study ends: nobody knows who was in it.
 The daemon is stopped meanwhile; work that begins under the old file is refused afterwards.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from urllib.parse import quote
@@ -89,10 +90,11 @@ def restore(
     for event in [*added, Restored(recovered=recovered, reason=reason)]:
         rows.append(next_row(len(rows) + 1, rows[-1].hash, now(), event))
     _replace(path, rows)
-    witness.record(rows[-1], restored=True)
-    for row in rows[len(base) : -1]:
-        if isinstance(row.event, Recovered):  # so that the next backup cannot lose it again
+    told = {each.digest for each in seen}
+    for row in rows[:-1]:
+        if row.hash not in told:  # so that the next backup cannot lose it again
             witness.record(row)
+    witness.record(rows[-1], restored=True)
     return Ledger.open(path, secret, witness, now), recovered
 
 
@@ -140,16 +142,27 @@ def _missing(
     for row in base:
         book.apply(row.event, row.at)
     present = {row.text for row in base}
-    elsewhere = [row.event for rows in copies for row in rows]
-    elsewhere += [each.event for each in seen if each.event is not None]
+    read = {row.hash for rows in copies for row in rows}
+    lost_registers = {each.register for each in seen if each.register and each.digest not in read}
     added: list[Event] = []
-    for event in elsewhere:
+    for event in [*(row.event for rows in copies for row in rows), *_told(seen, lost_registers)]:
         lost = _lost(book, event, present)
         if lost is not None:
             book.apply(lost, "")
             present.add(lost.canonical_bytes.decode())
             added.append(lost)
+    for name in sorted(lost_registers & {n for n, each in book.studies.items() if not each.closed}):
+        added.append(Closed(study=name, reason="its last register was lost with the ledger"))
     return added, sum(isinstance(each, Recovered) for each in added)
+
+
+def _told(seen: Sequence[Seen], lost_registers: Collection[str]) -> Iterator[Event]:
+    """What the audit remembers; a debit of a study whose last register is lost is everyone's."""
+    for each in seen:
+        if isinstance(each.event, Recovered) and each.event.study in lost_registers:
+            yield each.event.model_copy(update={"everyone": True})
+        elif each.event is not None:
+            yield each.event
 
 
 def _to_the_end(events: Sequence[Event], reason: str) -> list[Event]:
@@ -179,7 +192,8 @@ def _lost(book: Book, event: Event, present: set[str]) -> Event | None:
             return _lost_answer(book, event)
         case Closed():
             study = book.studies.get(event.study)
-            return event if study is not None and study.closed is None else None
+            known = event.canonical_bytes.decode() in present  # and the study opened again, maybe
+            return None if known or study is None or study.closed else event
         case Linked() | Withdrawn():
             return None if event.canonical_bytes.decode() in present else event
         case Opened() | Restored():
@@ -210,7 +224,10 @@ def _lost_debit(book: Book, event: Reserved | Retried | Recovered) -> Event | No
         name = _other(event.reservation, event.mechanism.canonical_bytes.decode())
         if name in book.debits:
             return None
-    return Recovered(reservation=name, study=event.study, use=event.use, mechanism=event.mechanism)
+    return Recovered(
+        reservation=name, study=event.study, use=event.use, mechanism=event.mechanism,
+        everyone=isinstance(event, Recovered) and event.everyone,
+    )  # fmt: skip
 
 
 def _lost_answer(book: Book, event: Answered) -> Event | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +143,10 @@ class Ledger:
         Raises:
             TrustError: what is wrong, and where.
         """
+        with self._turn:
+            return self._verify()
+
+    def _verify(self) -> list[Row]:
         seen = current(self._witness.seen())  # first: rows may be added in between
         self._forget()
         self._read_on()
@@ -302,22 +306,35 @@ class Ledger:
 
     def blinded_head(self, study: str) -> str:
         """The head for an answer to carry: outside, it says nothing, not even how many rows."""
-        self._read_on()
-        return blinded(self._secret, study, self._rows[-1].hash)
+        with self._turn:
+            self._read_on()
+            return blinded(self._secret, study, self._head)
 
     def acknowledge(self, study: str, claimed: str) -> None:
         """Accept the head that a task acknowledges: one that this ledger had.
+
+        One that a declared restore has lost is known from the audit.
 
         Raises:
             TrustError: it never had it: the whole folder was rolled back, or the task is not for
                 this site.
         """
-        self._read_on()
-        if not any(blinded(self._secret, study, row.hash) == claimed for row in self._rows):
+        with self._turn:
+            self._read_on()
+            rows = [row.hash for row in self._rows]
+        if not (self._among(rows, study, claimed) or self._among(self._told(), study, claimed)):
             raise TrustError(
                 "the coordinator has seen a state of this ledger that is not in it: the site's "
                 "folder was put back to an older one; declare it with `fedseg-site ledger restore`"
             )
+
+    def _among(self, digests: Iterable[str], study: str, claimed: str) -> bool:
+        """Whether a blinded head is one of these."""
+        return any(blinded(self._secret, study, each) == claimed for each in digests)
+
+    def _told(self) -> Iterator[str]:
+        """Every head that the audit knows, those before a restore too."""
+        return (each.digest for each in self._witness.seen())
 
     def _append(self, decide: Callable[[Book], Event | None]) -> None:
         """Decide on the newest state and write, with nobody else in between."""
@@ -463,16 +480,27 @@ def _filter(book: Book, limits: Limits) -> PrivacyFilter:
 
 
 def _require_room_for_all(book: Book, event: Registered, limits: Limits) -> None:
-    """Refuse a study that some patient could not see through to its end."""
+    """Refuse a study that some patient, with all records, could not see through to its end."""
     rule = _filter(book, limits)
     sums = _Sums(book, rule, without=event.study)
     study = book.studies.get(event.study)
     again = study is not None and study.registered == event
     schedule = book.left(event.study) if again else event.schedule
+    cohorts: dict[Use, frozenset[Patient]] = {
+        "train": frozenset(event.train), "val": frozenset(event.val)
+    }  # fmt: skip
+    study = book.studies.get(event.study)
+    again = study is not None and study.registered == event  # closed, and opened again
+    schedule = book.left(event.study) if again else event.schedule
     short = 0
-    for use, cohort in (("train", event.train), ("val", event.val)):
-        cost = rule.cost(each.mechanism for each in schedule if each.use == use)
-        short += sum(not rule.room(sums.spent(p) + sums.promised(p), cost) for p in cohort)
+    for patient in cohorts["train"] | cohorts["val"]:
+        ids = book.known_ids(patient)
+        cost = rule.cost(
+            each.mechanism.of_records(records)
+            for each in schedule
+            if (records := len(ids & cohorts[each.use]))
+        )
+        short += not rule.room(sums.spent(patient) + sums.promised(patient), cost)
     if short:
         raise PrivacyError(
             f"{short} of the {len(event.train) + len(event.val)} patients have too little of their "

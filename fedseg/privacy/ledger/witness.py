@@ -17,8 +17,21 @@ from pydantic import ValidationError
 
 from fedseg.chain import Chain, Fact, verify_chain
 from fedseg.errors import TrustError
-from fedseg.privacy.ledger.entries import Answered, Recovered, Reserved, Retried, Row
+from fedseg.privacy.ledger.entries import (
+    Answered,
+    Closed,
+    Linked,
+    Recovered,
+    Registered,
+    Reserved,
+    Retried,
+    Row,
+    Withdrawn,
+    read_event,
+)
 from fedseg.security.keys import SigningKey
+
+Remembered = Recovered | Answered | Linked | Withdrawn | Closed
 
 ROW, RESTORED = "ledger_row", "ledger_restored"
 
@@ -30,13 +43,15 @@ class Seen:
     Attributes:
         number: of the row.
         digest: its hash.
-        event: the debit or the answer, where the row was one.
+        event: what the row said, where a restored ledger must say it again.
+        register: the study whose register the row was, with patients that the audit does not name.
         restored: whether a backup was put in place here, so that rows before it may differ.
     """
 
     number: int
     digest: str
-    event: Recovered | Answered | None = None
+    event: Remembered | None = None
+    register: str | None = None
     restored: bool = False
 
 
@@ -90,26 +105,38 @@ class AuditWitness:
                 "rate": done.rate,
                 "steps": done.steps,
                 "noise": done.noise,
+                "everyone": isinstance(row.event, Recovered) and row.event.everyone,
             }
         elif isinstance(row.event, Answered):
             facts |= {"reservation": row.event.reservation, "answer": row.event.answer}
+        elif isinstance(row.event, Linked | Withdrawn | Closed):
+            facts |= {"event": row.text}
+        elif isinstance(row.event, Registered):
+            facts |= {"study": row.event.study}
         self._chain.append(RESTORED if restored else ROW, **facts)
 
 
 def _seen(facts: dict[str, Fact], restored: bool) -> Seen:
     """One entry of the audit."""
     try:
-        return Seen(int(str(facts["row"])), str(facts["hash"]), _event(facts), restored)
+        register = str(facts["study"]) if facts["what"] == "registered" else None
+        number, digest = int(str(facts["row"])), str(facts["hash"])
+        return Seen(number, digest, _event(facts), register, restored)
     except (KeyError, ValueError, ValidationError):
         raise TrustError("an entry of the audit about the ledger is not one of ours") from None
 
 
-def _event(facts: dict[str, Fact]) -> Recovered | Answered | None:
-    """The debit or the answer that an entry of the audit is about."""
+def _event(facts: dict[str, Fact]) -> Remembered | None:
+    """What an entry of the audit remembers of a row."""
+    if "event" in facts:
+        event = read_event(str(facts["event"]))
+        if not isinstance(event, Linked | Withdrawn | Closed):
+            raise ValueError("another kind of row")
+        return event
     if "reservation" not in facts:
         return None
     if "answer" in facts:
         return Answered.model_validate({k: facts[k] for k in ("reservation", "answer")})
     mechanism = {k: facts[k] for k in ("noise_multiplier", "rate", "steps", "noise")}
-    debit = {k: facts[k] for k in ("reservation", "study", "use")}
+    debit = {k: facts[k] for k in ("reservation", "study", "use", "everyone")}
     return Recovered.model_validate({**debit, "mechanism": mechanism})
