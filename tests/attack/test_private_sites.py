@@ -362,3 +362,35 @@ class TestCaller:
             with pytest.raises(FedsegError) as caught:
                 attempt()
             assert isinstance(caught.value, PrivacyError | TrustError)
+
+
+class TestWholeFolder:
+    def test_a_rollback_of_the_whole_folder_is_found_by_what_the_coordinator_has_seen(
+        self, site: Hospital, tmp_path: Path
+    ) -> None:
+        backup = tmp_path / "backup"
+        shutil.copytree(site.folder.path, backup)
+        head = site.said(site.ask(site.task("train", 1))).head
+        assert head is not None
+        plain = site.consortium.plain("train", 2, heads={site.own.name: head})
+        assert site.said(site.ask(site.task(plain=plain))).body.kind == "train"
+        shutil.rmtree(site.folder.path)
+        shutil.copytree(backup, site.folder.path)
+        assert site.code(site.ask(site.task(plain=plain))) == "task"
+        assert "put back to an older one" in refusals_of_tasks(site)[-1]
+        assert site.trained == 0 and not ledger_of(site).book.debits
+
+    def test_once_declared_its_studies_are_charged_to_their_end(
+        self, site: Hospital, data: Path
+    ) -> None:
+        place = ["--site", str(site.folder.path)]
+        said = CliRunner().invoke(cli.app, ["backup", "restored", "--note", "Sunday", *place])
+        assert "ledger restore --whole-folder" in said.stdout
+        words = ["ledger", "restore", "--whole-folder", "--reason", "Sunday", *place]
+        assert CliRunner().invoke(cli.app, words).exit_code == 0
+        refused(site, "plan", "no open register", stage="train")
+        approved(site.folder, site.consortium, data)
+        refused(site, "plan", "schedule", stage="train")
+        other = Consortium(*private_built(study="small", epsilon=1.0))
+        joined(site.folder, other, other.roll(site.own))
+        approved(site.folder, other, data)
