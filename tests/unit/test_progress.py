@@ -311,6 +311,7 @@ def test_a_full_disk_does_not_stop_the_study(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan, clock = built_plan(), Clock()
+    caplog.set_level("WARNING", "coordinator.progress.keeper")
     (tmp_path / "run").write_text("a file where the folder should be")
     path = tmp_path / "run" / "progress.json"
     keeper = keeper_of(path, plan, first_state(plan, tiny_model()), clock)
