@@ -59,19 +59,18 @@ def list_(
         for each in shown:
             typer.echo(json.dumps(each.listed(), sort_keys=True))
         return
-    table = Table("no.", "when (UTC)", "to", "study", "what", "tensors", "bytes", "sha256", "cost")
+    table = Table()
+    for name in ("no.", "when (UTC)", "study, to", "what", "bytes", "sha256", "cost"):
+        table.add_column(name, overflow="fold", no_wrap=name in {"when (UTC)", "bytes", "sha256"})
     for each in shown:
         facts = each.facts
-        tensors = f"{facts['tensors']} ({facts['tensor_bytes']} bytes)" if facts["tensors"] else "-"
         table.add_row(
             str(each.number),
-            each.at,
-            escape(str(facts["to"])),
-            each.study,
+            each.at[:19].replace("T", " "),
+            escape(f"{each.study}, {facts['to']}"),
             _what(each),
-            tensors,
             str(facts["bytes"]),
-            f"{str(facts['digest'])[:12]}...",
+            str(facts["digest"])[:12],
             _cost(each),
         )
     console = Console()
