@@ -29,6 +29,7 @@ COMMANDS = [
     ("fedseg", "plan check"),
     ("fedseg", "plan show"),
     ("fedseg", "plan build"),
+    ("fedseg", "audit privacy"),
     ("fedseg", "demo"),
     ("fedseg", "federation"),
     ("fedseg", "phantoms"),

@@ -152,6 +152,20 @@ def test_a_canary_gives_exactly_the_clip_norm_in_its_own_coordinate() -> None:
     assert found.norms.tolist() == [5.0, 5.0]
 
 
+def test_automatic_clipping_and_empty_draws_are_audited_too() -> None:
+    plan = audited_plan(rate=0.25, steps=8)
+    promise = plan.private
+    assert promise is not None
+    changed = {"clipping": "automatic", "clip_norm": 1e-3, "rate": 0.01}
+    plan = plan.model_copy(update={"privacy": promise.model_copy(update=changed)})
+    seen = transcript(plan, SIZES, 60, SEED, step=FAULTS["no noise"])
+    drawn = seen.values > 0.5
+    assert drawn.any()
+    assert not drawn.any(1).all()
+    assert seen.values[drawn] == pytest.approx(1.0, abs=0.02)
+    assert not seen.values[~drawn].any()
+
+
 def test_canaries_fit_into_small_networks_by_several_runs() -> None:
     plan = audited_plan()
     seen = transcript(plan, {"head": 30, "norm": 4}, 100, SEED)

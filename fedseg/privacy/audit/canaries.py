@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedseg.arrays import seed_for
-from fedseg.learning.persample.gradients import Batch, Loss
+from fedseg.learning.persample.gradients import Batch
 from fedseg.learning.private import private_gradient, promise_of
 from fedseg.plan import StudyPlan
 from fedseg.privacy.audit.bounds import Flags, Floats
@@ -29,7 +29,6 @@ from fedseg.privacy.noise import Noise
 
 AT_ONCE = 2000  # canaries in one run
 MOST_SAMPLES = 4  # of one canary
-STRENGTH = 10.0  # gradient norm over clip norm
 MEMORY_BYTES = 512 * 1024**2
 
 Step = Callable[..., dict[str, Tensor]]
@@ -155,17 +154,19 @@ def _batch(plan: StudyPlan, drawn: NDArray[np.intp]) -> tuple[Batch | None, Tens
     if not len(patients):
         return None, patients
     inputs = torch.stack(
-        [patients.float(), torch.full((len(patients),), STRENGTH * promise.clip_norm)], 1
+        [patients.float(), torch.full((len(patients),), _strength(promise.clip_norm))], 1
     )
     return (inputs, torch.zeros(len(patients))), patients
+
+
+def _strength(clip_norm: float) -> float:
+    """A gradient's norm that is clipped to C under both kinds of clipping, or nearly."""
+    return 1.0 + 10.0 * clip_norm
 
 
 def _loss(outputs: Tensor, _targets: Tensor) -> Tensor:
     """The output is the loss."""
     return outputs
-
-
-_: Loss = _loss
 
 
 def _runs(canaries: int, coordinates: int) -> Iterator[int]:
