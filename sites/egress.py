@@ -23,12 +23,12 @@ from fedseg.errors import PrivacyError, TrustError
 from fedseg.plan import StudyPlan
 from fedseg.promise import Openness
 from fedseg.updates import (
+    COARSER,
     AnswerHeader,
     Body,
     Enlisted,
     Evaluated,
     Received,
-    RefusalCode,
     Refused,
     Trained,
     head_bytes_of,
@@ -51,8 +51,6 @@ BODIES: Mapping[type[Body], Mapping[str, About]] = {
     Received: {"kind": "protocol", "model": "protocol"},
     Refused: {"kind": "protocol", "code": "protocol"},
 }
-# What a private plan says of a failure that data may have caused.
-_COARSER: Mapping[RefusalCode, RefusalCode] = {"data": "failed", "not_finite": "failed"}
 
 
 def permitted(body: Body, plan: StudyPlan, suppress_below: int | None = None) -> Body:
@@ -104,7 +102,7 @@ def permitted(body: Body, plan: StudyPlan, suppress_below: int | None = None) ->
         case Received():
             return body
         case Refused():
-            return Refused(code=_COARSER.get(body.code, body.code) if plan.private else body.code)
+            return Refused(code=COARSER.get(body.code, body.code) if plan.private else body.code)
 
 
 @dataclass(frozen=True)
@@ -181,7 +179,7 @@ def require_permitted(
             said.append((outputs.counts, body.patients, body.patients is not None))
             said.append((outputs.metrics, body.patients, told))
         case Refused():
-            if plan.private and body.code in _COARSER:
+            if plan.private and body.code in COARSER:
                 raise PrivacyError("a refusal says more than a private plan lets out")
         case Received():
             pass

@@ -30,6 +30,7 @@ COMMANDS = [
     ("fedseg", "plan show"),
     ("fedseg", "plan build"),
     ("fedseg", "audit privacy"),
+    ("fedseg", "pretrain"),
     ("fedseg", "demo"),
     ("fedseg", "federation"),
     ("fedseg", "phantoms"),
@@ -57,6 +58,15 @@ COMMANDS = [
     ("sites", "audit show"),
     ("sites", "audit verify"),
     ("sites", "backup restored"),
+    *(
+        ("sites", f"ledger {name}")
+        for name in (
+            *("show", "budget", "verify", "export"),
+            *("restore", "link", "withdraw", "close"),
+        )
+    ),
+    ("sites", "egress list"),
+    ("sites", "egress show"),
     ("coordinator", "init"),
     ("coordinator", "enrol"),
     ("coordinator", "revoke"),
