@@ -6,8 +6,8 @@ import hashlib
 from pathlib import Path
 
 from fedseg.privacy.ledger import AuditWitness, Ledger, Limits, patient_key
-from fedseg.privacy.ledger.entries import Allowed, Registered
-from fedseg.privacy.mechanisms import Mechanism
+from fedseg.privacy.ledger.entries import Registered
+from fedseg.privacy.mechanisms import Allowed, Mechanism
 from fedseg.security.keys import SigningKey
 
 SECRET = b"s" * 32

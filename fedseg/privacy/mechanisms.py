@@ -18,6 +18,7 @@ from fedseg.frozen import Frozen
 MAX_STEPS = 1_000_000
 
 Whose = Literal["site", "shared"]
+Use = Literal["train", "val"]
 
 
 class Mechanism(Frozen):
@@ -50,6 +51,13 @@ class Mechanism(Frozen):
         return self.model_copy(
             update={"noise_multiplier": self.noise_multiplier / records, "rate": rate}
         )
+
+
+class Allowed(Frozen):
+    """So many steps of one mechanism, on the patients of one use."""
+
+    use: Use
+    mechanism: Mechanism
 
 
 def merged(mechanisms: Iterable[Mechanism]) -> tuple[Mechanism, ...]:

@@ -13,8 +13,7 @@ from fedseg.aggregation.rounds import schedule
 from fedseg.errors import PlanError
 from fedseg.plan import StudyPlan
 from fedseg.privacy.accounting import calibrate
-from fedseg.privacy.ledger.entries import Allowed, Use
-from fedseg.privacy.mechanisms import Mechanism
+from fedseg.privacy.mechanisms import Allowed, Mechanism, Use
 from fedseg.promise import Calibration, LocalPrivacy
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 from fedseg.errors import DataError, PrivacyError
 from fedseg.privacy.ledger.entries import (
-    Allowed,
     Answered,
     Closed,
     Event,
@@ -25,10 +24,9 @@ from fedseg.privacy.ledger.entries import (
     Reserved,
     Restored,
     Retried,
-    Use,
     Withdrawn,
 )
-from fedseg.privacy.mechanisms import Mechanism, merged
+from fedseg.privacy.mechanisms import Allowed, Mechanism, Use, merged
 
 History = frozenset[tuple[str, Use, int]]
 

@@ -16,14 +16,13 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from fedseg.errors import TrustError
 from fedseg.frozen import Digest, Frozen, Name
-from fedseg.privacy.mechanisms import Mechanism
+from fedseg.privacy.mechanisms import Allowed, Mechanism, Use
 
 START = "0" * 64
 _LEAST_SECRET = 32
 _MOST_LINKED = 100  # so that a link fits into a line of the audit
 
 Patient = Digest
-Use = Literal["train", "val"]
 Words = Annotated[str, Field(min_length=1, max_length=500)]
 
 
@@ -33,13 +32,6 @@ class Opened(Frozen):
     kind: Literal["opened"] = "opened"
     secret_check: Digest
     order: Annotated[float, Field(gt=1)]
-
-
-class Allowed(Frozen):
-    """So many steps of one mechanism, on the patients of one use."""
-
-    use: Use
-    mechanism: Mechanism
 
 
 class Registered(Frozen):

@@ -10,8 +10,7 @@ from pydantic import JsonValue
 
 from fedseg.privacy.accounting import PrivacyFilter, epsilon_spent
 from fedseg.privacy.ledger.book import Book, Limits
-from fedseg.privacy.ledger.entries import Use
-from fedseg.privacy.mechanisms import Mechanism, merged
+from fedseg.privacy.mechanisms import Mechanism, Use, merged
 
 ENDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 

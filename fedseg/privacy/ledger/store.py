@@ -26,7 +26,6 @@ from fedseg.privacy.accounting import PrivacyFilter, epsilon_spent, require_smal
 from fedseg.privacy.ledger.book import Book, Debit, History, Limits
 from fedseg.privacy.ledger.entries import (
     START,
-    Allowed,
     Answered,
     Closed,
     Event,
@@ -37,7 +36,6 @@ from fedseg.privacy.ledger.entries import (
     Reserved,
     Retried,
     Row,
-    Use,
     Withdrawn,
     blinded,
     next_row,
@@ -46,7 +44,7 @@ from fedseg.privacy.ledger.entries import (
     secret_check,
 )
 from fedseg.privacy.ledger.witness import Seen, Witness
-from fedseg.privacy.mechanisms import Mechanism
+from fedseg.privacy.mechanisms import Allowed, Mechanism, Use
 
 _PATIENCE_S = 30.0
 _MODE = 0o600

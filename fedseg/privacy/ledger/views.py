@@ -14,8 +14,8 @@ from pydantic import JsonValue
 from fedseg.privacy.accounting import PrivacyFilter, epsilon_spent
 from fedseg.privacy.guarantee import rounded_up
 from fedseg.privacy.ledger.book import Book, Debit, Limits
-from fedseg.privacy.ledger.entries import Row, Use
-from fedseg.privacy.mechanisms import Mechanism, merged
+from fedseg.privacy.ledger.entries import Row
+from fedseg.privacy.mechanisms import Mechanism, Use, merged
 
 _BAR = 24
 
