@@ -1,11 +1,13 @@
 """What a site has answered: a task that comes again gets its answer again and trains nothing.
 
 A folder a round and stage. A task is known by its digest: that it was begun is on disk before any
-work starts, and work is never begun on more tasks of a stage than the plan has attempts. Once the
-work is done its plain answer is kept, then the sealed one, each whole or not at all. So a crash
-costs at most the work that was open, and a coordinator that lost its receiving key gets the same
-answer under a new one. Plain answers are kept for the rounds that a coordinator restored from a
-backup may go back to, sealed ones for the last few.
+work starts, and work is never begun on more attempts at a stage than the plan has. A coordinator
+that was started again, and has seen more of the sites' ledgers meanwhile, asks for the same attempt
+in another task: that is no attempt more. Once the work is done its plain answer is kept, then the
+sealed one, each whole or not at all. So a crash costs at most the work that was open, and a
+coordinator that lost its receiving key gets the same answer under a new one. Plain answers are kept
+for the rounds that a coordinator restored from a backup may go back to, sealed ones for the last
+few.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from fedseg.updates import StageName
 PLAIN_ROUNDS_KEPT = 20
 SEALED_ROUNDS_KEPT = 3
 MOST_KEYS = 8
+MOST_TASKS = 32  # that ask for one attempt at a stage, each acknowledging something else
 STAGES: tuple[str, ...] = get_args(StageName)
 _SLOT = re.compile(r"(\d{6,10})-([a-z_]{1,32})")
 
@@ -49,32 +52,40 @@ class Answers:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def begun(self, slot: Slot) -> frozenset[str]:
-        """The digests of the tasks of a stage on which work was begun."""
-        return frozenset(path.stem for path in (self._folder / slot.name).glob("*.begun"))
+    def begun(self, slot: Slot) -> dict[str, str]:
+        """The tasks of a stage on which work was begun, by digest: which attempt each asks for."""
+        paths = (self._folder / slot.name).glob("*.begun")
+        return {path.stem: path.read_text("ascii") or path.stem for path in paths}
 
-    def begin(self, slot: Slot, about: str, attempts: int | None) -> None:
+    def begin(
+        self, slot: Slot, about: str, attempts: int | None, *, attempt: str | None = None
+    ) -> None:
         """Note that work on a task begins; it is on disk when this returns.
 
         Args:
-            attempts: on how many different tasks of this stage work may ever be begun; None: any.
+            attempts: on how many different attempts at this stage work may ever be begun; None:
+                any.
+            attempt: names the attempt that the task asks for; by default the task is one itself.
 
         Raises:
             TrustError: another model came for a stage that was served as often as the plan allows,
                 or the round is so old that its answers were cleared away.
             StorageError: it could not be written.
         """
-        served, last = self.begun(slot), self.last
+        served, last, attempt = self.begun(slot), self.last, attempt or about
         if attempts is not None and last and slot.round <= last.round - PLAIN_ROUNDS_KEPT:
             raise TrustError(f"a task of round {slot.round} came, the site is at {last.round}")
         if about in served:
             return
-        if attempts is not None and len(served) >= attempts:
+        made = set(served.values())
+        if attempts is not None and attempt not in made and len(made) >= attempts:
             raise TrustError(
-                f"{len(served)} tasks of round {slot.round}, stage {slot.stage}, were served, all "
+                f"{len(made)} attempts at round {slot.round}, stage {slot.stage}, were served, all "
                 "that the plan's attempts allow, and another one came"
             )
-        write_atomically(self._path(slot, about, "begun"), b"", mode=0o600)
+        if attempts is not None and list(served.values()).count(attempt) >= MOST_TASKS:
+            raise TrustError(f"one attempt at round {slot.round} is asked for in ever new tasks")
+        write_atomically(self._path(slot, about, "begun"), attempt.encode("ascii"), mode=0o600)
         self._clear(slot.round)
 
     def sealed(self, slot: Slot, about: str, reply_to: str) -> Path | None:

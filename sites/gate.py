@@ -280,7 +280,7 @@ class Gate:
             out = outgoing(plain, self._plan, self._suppress_below())
             return self._ready(header, said, plain, out, approval, due, repeated=True)
         attempts = None if said.stage in FREE_STAGES else self._plan.aggregation.attempts
-        self._answers.begin(slot, name, attempts)
+        self._answers.begin(slot, name, attempts, attempt=_attempt(said, approval))
         received = facts | {"bytes": header.size, "digest": header.about}
         self._chronicle.write("task_received", study=self._study, **received)
         self.doing = Doing(self._study, said.round, said.stage, self._now().isoformat())
@@ -551,6 +551,12 @@ def _name(said: TaskHeader, header: EnvelopeHeader, approval: Approval) -> str:
     """
     brings = approval.signature if said.stage == "enlist" else approval.cohort
     return hashlib.sha256(f"{header.about} {brings}".encode()).hexdigest()
+
+
+def _attempt(said: TaskHeader, approval: Approval) -> str:
+    """What a task asks for, whichever heads of ledgers it acknowledges."""
+    asked = f"{said.attempt} {said.model} {approval.cohort}"
+    return hashlib.sha256(asked.encode()).hexdigest()
 
 
 def _code_of(error: FedsegError) -> RefusalCode:

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from fedseg.errors import StorageError, TrustError
-from sites.answers import MOST_KEYS, PLAIN_ROUNDS_KEPT, SEALED_ROUNDS_KEPT, Answers, Slot
+from sites.answers import (
+    MOST_KEYS,
+    MOST_TASKS,
+    PLAIN_ROUNDS_KEPT,
+    SEALED_ROUNDS_KEPT,
+    Answers,
+    Slot,
+)
 
 ONE, TWO, THREE = (digit * 64 for digit in "abc")
 TRAIN = Slot(1, "train")
@@ -44,9 +51,18 @@ def test_another_task_is_begun_only_as_often_as_the_plan_has_attempts(answers: A
         answers.begin(TRAIN, known, attempts=2)
     with pytest.raises(TrustError, match="attempts"):
         answers.begin(TRAIN, THREE, attempts=2)
-    assert answers.begun(TRAIN) == {ONE, TWO}
+    assert answers.begun(TRAIN) == {ONE: ONE, TWO: TWO}
     answers.begin(Slot(1, "evaluate"), THREE, attempts=2)
     answers.begin(Slot(2, "train"), THREE, attempts=2)
+
+
+def test_an_attempt_that_is_asked_for_in_other_words_is_no_attempt_more(answers: Answers) -> None:
+    for number in range(MOST_TASKS):
+        answers.begin(TRAIN, f"{number:064d}", attempts=1, attempt=ONE)
+    for about, attempt in ((TWO, ONE), (TWO, THREE)):
+        with pytest.raises(TrustError, match=r"ever new tasks|attempts"):
+            answers.begin(TRAIN, about, attempts=1, attempt=attempt)
+    answers.begin(TRAIN, f"{0:064d}", attempts=1, attempt=ONE)
 
 
 def test_what_was_begun_outlives_the_process(answers: Answers, tmp_path: Path) -> None:

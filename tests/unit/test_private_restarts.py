@@ -1,0 +1,55 @@
+"""A private study that its coordinator tried again, restarted or restored: no hospital is lost."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from small_hospitals import Hospital, phantoms
+from small_private_sites import ledger_of, private_hospital
+
+from fedseg.container import unpack
+from fedseg.updates import AnswerHeader
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return phantoms(tmp_path_factory.mktemp("phantoms"), patients=6)
+
+
+@pytest.fixture(scope="module")
+def founded(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Hospital:
+    return private_hospital(tmp_path_factory.mktemp("founded") / "site", data)
+
+
+@pytest.fixture
+def site(founded: Hospital, tmp_path: Path) -> Hospital:
+    copy = type(founded.folder)(tmp_path / "site")
+    shutil.copytree(founded.folder.path, copy.path)
+    return Hospital(copy, founded.consortium, founded.roll, founded.own)
+
+
+def asked(site: Hospital, attempt: int, head: str | None) -> tuple[str | None, bytes | str]:
+    """A round's attempt by a coordinator that has seen a head: the new head, and the delta."""
+    heads = {} if head is None else {site.own.name: head}
+    plain = site.consortium.plain("train", 1, attempt=attempt, heads=heads)
+    answer = site.ask(site.task(plain=plain))
+    if (header := site.said(answer)).body.kind == "refused":
+        return None, header.body.code
+    read = site.consortium.read(answer, site.own)
+    _, delta = unpack(read, AnswerHeader, max_bytes=10**8, schema=None)
+    return header.head, b"".join(delta[name].tobytes() for name in sorted(delta))
+
+
+def test_attempts_that_a_restarted_coordinator_makes_again_get_the_stored_answer(
+    site: Hospital,
+) -> None:
+    most = site.consortium.plan.aggregation.attempts
+    head: str | None = None
+    answers = []
+    for attempt in [*range(1, most + 1), *range(1, most + 1)]:  # others failed; then started again
+        head, delta = asked(site, attempt, head)
+        answers.append(delta)
+    assert len(set(answers)) == 1, answers
+    assert len(ledger_of(site).book.debits) == site.trained == 1
