@@ -487,9 +487,6 @@ def _require_room_for_all(book: Book, event: Registered, limits: Limits) -> None
     cohorts: dict[Use, frozenset[Patient]] = {
         "train": frozenset(event.train), "val": frozenset(event.val)
     }  # fmt: skip
-    study = book.studies.get(event.study)
-    again = study is not None and study.registered == event  # closed, and opened again
-    schedule = book.left(event.study) if again else event.schedule
     short = 0
     for patient in cohorts["train"] | cohorts["val"]:
         ids = book.known_ids(patient)
