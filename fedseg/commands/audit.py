@@ -144,7 +144,8 @@ def _show(found: Audit) -> None:
     for check in found.checks:
         console.print(
             f"{check.what}: expected {check.expected:.4g}, found {check.found:.4g} "
-            f"(p = {check.p:.2g})"
+            f"(p = {check.p:.2g})",
+            soft_wrap=True,
         )
     if found.membership is not None:
         console.print(found.membership.text, soft_wrap=True)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from audited_plans import FAULTS, SIZES, Favourites, FixedSize, Shuffled, WrongNoise, audited_plan
+from private_plans import private_plan
 from scipy import stats
 
 from fedseg.errors import PlanError
+from fedseg.learning import private
 from fedseg.learning.persample.clipped import clipped_sum
 from fedseg.plan import StudyPlan
 from fedseg.privacy.audit.bounds import llr, of_any, of_schedule
 from fedseg.privacy.audit.canaries import Coordinates, transcript
-from fedseg.privacy.audit.checks import draws_of, noise_check, sampling_check
+from fedseg.privacy.audit.checks import idle_check, noise_check, sampling_check, share_check
 from fedseg.privacy.audit.report import audited, judged, whole_study
+from fedseg.privacy.audit.rounds import idle_rounds, one_patients_share
 from fedseg.privacy.noise import Noise
 
 CANARIES = 2000
@@ -119,13 +124,13 @@ def test_a_plan_with_less_noise_than_its_promise_is_refuted_by_its_own_figures()
 def test_a_sampler_that_is_not_poisson_is_found(source: type[Noise]) -> None:
     plan = audited_plan(rate=0.1, steps=20)
     wrong = source(bytes(Noise.seeded(SEED, "draws").bytes(32)))
-    assert not sampling_check(draws_of(plan, 100, 100, wrong), 0.1, SEED).holds
+    assert not sampling_check(idle_rounds(plan, 100, 100, wrong).drawn, 0.1, SEED).holds
 
 
 def test_poisson_sampling_holds() -> None:
     plan = audited_plan(rate=0.1, steps=20)
     seen = [
-        sampling_check(draws_of(plan, 40, 40, Noise.seeded(seed, "draws")), 0.1, seed)
+        sampling_check(idle_rounds(plan, 40, 40, Noise.seeded(seed, "draws")).drawn, 0.1, seed)
         for seed in range(3)
     ]
     assert all(check.holds for check in seen)
@@ -134,11 +139,40 @@ def test_poisson_sampling_holds() -> None:
 
 def test_a_full_batch_that_leaves_somebody_out_is_found() -> None:
     plan = audited_plan()
-    drawn = draws_of(plan, 20, 3, Noise.seeded(SEED, "draws"))
+    drawn = idle_rounds(plan, 20, 3, Noise.seeded(SEED, "draws")).drawn
     assert drawn.all()
     assert sampling_check(drawn, 1.0, SEED).holds
     drawn[2, 3] = False
     assert not sampling_check(drawn, 1.0, SEED).holds
+
+
+def test_the_noise_of_the_trainers_own_round_is_tested() -> None:
+    plan = audited_plan(rate=0.25, steps=8)
+    sigma = plan.noise.training
+    honest = idle_rounds(plan, 5, 50, Noise.seeded(SEED, "draws")).noise
+    assert idle_check(honest, sigma).holds
+    half = WrongNoise(Noise.seeded(SEED, "draws"), lambda s: s / 2)
+    assert not idle_check(idle_rounds(plan, 5, 50, half).noise, sigma).holds
+    again = np.repeat(honest[:1], 50, axis=0)
+    assert not idle_check(again, sigma).holds
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_one_patient_adds_the_clip_norm_in_the_trainers_own_round(dimensions: int) -> None:
+    plan = private_plan(dimensions, model={"dropout": 0.1})
+    share = one_patients_share(plan, SEED)
+    assert share == pytest.approx(1.0, abs=1e-3)
+    assert share_check(share).holds
+
+
+def test_a_trainer_that_clips_by_patch_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def by_patch(network: Any, loss: Any, batch: Any, patients: Any, *rest: Any, **how: Any) -> Any:
+        return clipped_sum(network, loss, batch, torch.arange(len(patients)), *rest, **how)
+
+    monkeypatch.setattr(private, "clipped_sum", by_patch)
+    share = one_patients_share(private_plan(), SEED)
+    assert share > 1.5
+    assert not share_check(share).holds
 
 
 def test_a_canary_gives_exactly_the_clip_norm_in_its_own_coordinate() -> None:

@@ -8,25 +8,19 @@ smallest audit too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtr, bdtrc, chdtr, chdtrc, ndtr
-from torch import nn
 
-from fedseg.errors import DataError
-from fedseg.imaging.transforms import PreparedCase
-from fedseg.learning.persample.examine import Examination
-from fedseg.learning.private import train_round_privately
-from fedseg.plan import Augmentation, Optimiser, StudyPlan
 from fedseg.privacy.audit.bounds import Flags, Floats
 from fedseg.privacy.audit.canaries import Transcript
-from fedseg.privacy.noise import Noise
 
 SIGNIFICANT = 0.001
 SIMULATIONS = 19_999
+ROUNDING = 0.01  # of weights in float32
 
 
 @dataclass(frozen=True)
@@ -54,17 +48,13 @@ class Check:
 def noise_check(seen: Transcript, noise_multiplier: float) -> Check:
     """Whether the noise of every tensor has the claimed variance and is fresh in each step.
 
-    Chi-square over all coordinates in which nobody contributed, over those of each tensor, and for
+    Chi-square over all coordinates in which nobody contributed and over those of each tensor, and
     the mean of products of following steps, which is 0 where noise is fresh.
     """
     quiet = seen.quiet / noise_multiplier
     tensors = seen.tensors[~seen.members]
-    questions = [_variance(quiet)]
+    questions = _noise_questions(quiet)
     questions += [_variance(quiet[:, tensors == each]) for each in np.unique(tensors)]
-    if len(quiet) > 1 and quiet.size:
-        products = quiet[1:] * quiet[:-1]
-        fresh = float(products.sum() / products.size**0.5)
-        questions.append(2 * float(ndtr(-abs(fresh))))
     found = float(np.sqrt(np.mean(np.square(seen.quiet)))) if quiet.size else noise_multiplier
     return Check(
         "standard deviation of the noise over C", _least(questions), noise_multiplier, found
@@ -105,60 +95,29 @@ def sampling_check(drawn: Flags, rate: float, seed: int) -> Check:
     return Check("variance of a step's size over the binomial one", _least(questions), 1.0, ratio)
 
 
-def draws_of(plan: StudyPlan, patients: int, steps: int, noise: Noise) -> Flags:
-    """Whom the trainer's own round draws, (steps, patients), from patients that cannot be read.
+def idle_check(noise: Floats, noise_multiplier: float) -> Check:
+    """Whether the trainer's round adds fresh noise of the claimed variance where nobody is read."""
+    what = "standard deviation of the noise of the trainer's own round, over C"
+    found = float(np.sqrt(np.mean(np.square(noise))))
+    questions = _noise_questions(noise / noise_multiplier)
+    return Check(what, _least(questions), noise_multiplier, found)
 
-    Such patients contribute zero, and the round goes on as always: all that it does is draw.
-    """
-    calm = plan.training.model_copy(
-        update={
-            "steps_per_round": 1,
-            "augmentation": Augmentation(),
-            "optimiser": Optimiser(name="sgd", momentum=0.0, state="reset"),
-        }
-    )
-    privacy = plan.private
-    assert privacy is not None
-    task = plan.task.model_copy(update={"patch_size": (2,) * plan.task.dimensions})
-    once = plan.model_copy(
-        update={
-            "training": calm,
-            "task": task,
-            "privacy": privacy.model_copy(update={"patches_per_patient": 1}),
-            "aggregation": plan.aggregation.model_copy(
-                update={"strategy": "fedavg", "proximal_mu": 0.0}
-            ),
-        }
-    )
-    kind = nn.Conv3d if task.dimensions == 3 else nn.Conv2d
-    network = kind(len(task.channels), 1 + len(task.labels), 1)
-    found = np.zeros((steps, patients), bool)
-    for row in found:
-        watched = _Unreadable(patients)
-        train_round_privately(
-            network, watched, once, round_=1, site="audit", noise=noise,
-            examination=Examination("stored", ()),
-        )  # fmt: skip
-        row[list(watched.asked)] = True
+
+def share_check(share: float) -> Check:
+    """Whether one patient adds at most C; there is no chance in it."""
+    what = "norm over C that one patient adds in the trainer's own round"
+    return Check(what, float(share <= 1 + ROUNDING), 1.0, share)
+
+
+def _noise_questions(values: Floats) -> list[float]:
+    """P-values of standard normal noise (steps, numbers): its variance, and that it is fresh."""
+    if not values.size:
+        return [1.0]
+    found = [_variance(values)]
+    if len(values) > 1:
+        products = values[1:] * values[:-1]
+        found.append(2 * float(ndtr(-abs(products.sum()) / products.size**0.5)))
     return found
-
-
-class _Unreadable(Mapping[str, Sequence[PreparedCase]]):
-    """Patients whose cases cannot be read, and who was asked for."""
-
-    def __init__(self, count: int) -> None:
-        self._names = {f"{number:06d}": number for number in range(count)}
-        self.asked: set[int] = set()
-
-    def __getitem__(self, patient: str) -> Sequence[PreparedCase]:
-        self.asked.add(self._names[patient])
-        raise DataError("a patient of the audit cannot be read")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def _variance(values: Floats) -> float:

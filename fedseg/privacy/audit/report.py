@@ -13,14 +13,22 @@ from fedseg.plan import StudyPlan
 from fedseg.privacy.accounting import epsilon_spent
 from fedseg.privacy.audit.bounds import Bound, llr, of_any, of_schedule
 from fedseg.privacy.audit.canaries import Transcript, transcript
-from fedseg.privacy.audit.checks import SIGNIFICANT, Check, draws_of, noise_check, sampling_check
+from fedseg.privacy.audit.checks import (
+    SIGNIFICANT,
+    Check,
+    idle_check,
+    noise_check,
+    sampling_check,
+    share_check,
+)
 from fedseg.privacy.audit.membership import Membership
+from fedseg.privacy.audit.rounds import idle_rounds, one_patients_share
 from fedseg.privacy.mechanisms import Mechanism
 from fedseg.privacy.noise import Noise
 from fedseg.privacy.schedule import done
 
 CONFIDENCE = 0.95
-DRAWS = (100, 100)  # patients and steps of the sampling check
+IDLE = (100, 100)  # patients and steps of rounds in which nobody can be read
 ROUNDING = 1e-3  # by which the accountant's epsilon may be above the plan's
 
 Verdict = Literal["refuted", "not refuted"]
@@ -111,7 +119,7 @@ def audited(
     seed: int,
     progress: Callable[[str], None] = lambda _step: None,
 ) -> Audit:
-    """Audit a plan's mechanism: canaries over the whole study, noise and sampling.
+    """Audit a plan's mechanism: canaries over the whole study, then the trainer's own round.
 
     Args:
         plan: private and built.
@@ -124,9 +132,16 @@ def audited(
         PlanError: the plan has no guarantee, or was not built.
     """
     seen = transcript(plan, sizes, canaries, seed, progress=progress)
-    draws = draws_of(plan, *DRAWS, Noise.seeded(seed, "audit draws"))
-    rate = promise_of(plan).rate
-    return judged(plan, seen, (sampling_check(draws, rate, seed),))
+    idle = idle_rounds(plan, *IDLE, Noise.seeded(seed, "audit draws"))
+    return judged(
+        plan,
+        seen,
+        (
+            sampling_check(idle.drawn, promise_of(plan).rate, seed),
+            idle_check(idle.noise, plan.noise.training),
+            share_check(one_patients_share(plan, seed)),
+        ),
+    )
 
 
 def judged(plan: StudyPlan, seen: Transcript, besides: tuple[Check, ...] = ()) -> Audit:
