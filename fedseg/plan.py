@@ -323,6 +323,12 @@ class StudyPlan(Frozen):
                 "training.gradient_clip_norm must be null: under a guarantee each patient's "
                 "gradient is clipped to privacy.clip_norm, and nothing is clipped twice"
             )
+        if privacy.release_after_s >= self.aggregation.round_timeout_s:
+            raise ValueError(
+                f"privacy.release_after_s ({privacy.release_after_s:g}) must be below "
+                f"aggregation.round_timeout_s ({self.aggregation.round_timeout_s:g}): every answer "
+                "would come after the coordinator has stopped waiting"
+            )
         noised = privacy.outputs.metrics == "noised"
         if noised and "hd95" in self.evaluation.metrics:
             raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from pydantic import ValidationError
-from small_plans import built_plan, values
+from small_plans import built_plan, private_plan, values
 
 from fedseg.errors import PlanError
 from fedseg.plan import MAX_PLAN_BYTES, StudyPlan, TensorSpec, load_plan, parse_plan
@@ -118,6 +118,30 @@ def test_a_wrong_field_is_named_with_its_remedy(
     lines = [line for line in str(caught.value).splitlines() if line.startswith(f"  {field}: ")]
     assert lines, str(caught.value)
     assert any(re.search(remedy, line) for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"aggregation__weighting": "patients"}, r"weighting: patients .* say uniform"),
+        ({"training__gradient_clip_norm": 12.0}, r"gradient_clip_norm must be null"),
+        ({"privacy__release_after_s": 60.0}, r"below aggregation\.round_timeout_s \(60\)"),
+        ({"privacy__outputs": {"metrics": "noised"}}, r"hd95 has no upper end"),
+        ({"privacy__expected_validation": None}, r"declared, not counted"),
+    ],
+)
+def test_a_private_plan_refuses_what_would_break_it(changes: dict[str, Any], remedy: str) -> None:
+    plan = private_plan().model_dump(mode="json")
+    plan["privacy"]["outputs"] = {"metrics": "noised"}
+    plan["privacy"]["expected_validation"] = 2
+    plan["evaluation"]["metrics"] = ["dice"]
+    if "outputs" in str(changes):
+        plan["evaluation"]["metrics"] = ["dice", "hd95"]
+    for path, value in changes.items():
+        section, _, field = path.partition("__")
+        plan[section][field] = value
+    with pytest.raises(PlanError, match=remedy):
+        parse_plan(yaml.safe_dump(plan).encode())
 
 
 def test_a_2d_task_takes_no_third_axis() -> None:
