@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +22,7 @@ from fedseg.container import peek, unpack
 from fedseg.errors import PrivacyError, TrustError
 from fedseg.plan import StudyPlan
 from fedseg.promise import Openness
+from fedseg.result import PatientScores, Scores, mean_scores
 from fedseg.updates import (
     COARSER,
     AnswerHeader,
@@ -103,6 +104,31 @@ def permitted(body: Body, plan: StudyPlan, suppress_below: int | None = None) ->
             return body
         case Refused():
             return Refused(code=COARSER.get(body.code, body.code) if plan.private else body.code)
+
+
+def means(
+    patients: Sequence[PatientScores], plan: StudyPlan, suppress_below: int | None = None
+) -> dict[str, Scores]:
+    """Mean metrics over patients, for an `Evaluated`: a label few of them have is about few.
+
+    Where the plan says `suppressed`, a mean over fewer patients than that is None, also where the
+    cohort as a whole has enough: a rare label may be one patient's.
+
+    Args:
+        patients: each one's metrics; None where one is undefined for the patient.
+        plan: the approved one.
+        suppress_below: as in `permitted`.
+    """
+    found = mean_scores(patients, plan.evaluation.metrics)
+    if plan.privacy.outputs.metrics != "suppressed":
+        return found
+    least = _least(plan, suppress_below)
+    for metric in plan.evaluation.metrics:
+        for label in found[metric]:
+            having = sum(patient.of(metric).get(label) is not None for patient in patients)
+            if having < least:
+                found[metric][label] = None
+    return found
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from fedseg.models.parts import freeze
 from fedseg.models.zoo import build_network, load_tensors, state_tensors
 from fedseg.plan import StudyPlan
 from fedseg.privacy.noise import Noise
-from fedseg.result import PatientScores, mean_scores
+from fedseg.result import PatientScores
 from fedseg.updates import (
     AnswerHeader,
     Body,
@@ -56,7 +56,7 @@ from fedseg.updates import (
     seal_answer,
     task_digest,
 )
-from sites.egress import permitted
+from sites.egress import means, permitted
 from sites.journal import Journal
 from sites.patients import PreparedPatients
 from sites.spending import Account
@@ -262,22 +262,22 @@ class Trainer:
         held_back = self._cohort.split("val")
         metrics = self._plan.evaluation.metrics
         patients = evaluate_cohort(self._network, held_back, self._cache, self._plan, metrics)
+        scores = means(patients, self._plan, self._suppress_below)
         self._journal.write("evaluated", round=header.round, patients=len(patients))
-        return Evaluated(patients=len(patients), scores=mean_scores(patients, metrics))
+        return Evaluated(patients=len(patients), scores=scores)
 
     def _evaluate_privately(self, header: TaskHeader, model: Arrays) -> tuple[Body, None]:
         """Metrics over the `val` patients, with noise, over a number that the plan declares."""
         patients = self._measured(model)
-        means = noised_means(patients, self._plan, self._noise(self._purpose(header)))
+        scores = noised_means(patients, self._plan, self._noise(self._purpose(header)))
         self._journal.write("evaluated", round=header.round, patients=len(patients))
-        return self._permitted(Evaluated(patients=len(patients), scores=means)), None
+        return self._permitted(Evaluated(patients=len(patients), scores=scores)), None
 
     def _evaluate_quietly(self, header: TaskHeader, model: Arrays) -> Evaluated:
         """Metrics of a private plan that its guarantee does not cover, if they leave at all."""
-        metrics = self._plan.evaluation.metrics
         leave = self._plan.privacy.outputs.metrics != "none"
         patients = self._measured(model) if leave else []
-        scores = mean_scores(patients, metrics)
+        scores = means(patients, self._plan, self._suppress_below)
         self._journal.write("evaluated", round=header.round, patients=len(patients))
         return Evaluated(patients=len(patients), scores=scores)
 

@@ -11,6 +11,7 @@ from fedseg.errors import PrivacyError
 from fedseg.frozen import Frozen
 from fedseg.plan import StudyPlan
 from fedseg.promise import Calibration
+from fedseg.result import PatientScores
 from fedseg.updates import (
     AnswerHeader,
     Body,
@@ -20,7 +21,7 @@ from fedseg.updates import (
     Refused,
     Trained,
 )
-from sites.egress import BODIES, HEADER, permitted, require_permitted
+from sites.egress import BODIES, HEADER, means, permitted, require_permitted
 
 DIGEST = "a" * 64
 SCORES: dict[str, dict[str, float | None]] = {"dice": {"anterior": 0.75, "posterior": 0.25}}
@@ -155,6 +156,24 @@ def test_numbers_about_few_patients_are_suppressed() -> None:
         )
         for body in (trained, evaluated):
             require_permitted(answered(body), plan)
+
+
+def test_a_rare_label_is_about_few_patients_of_a_large_cohort() -> None:
+    patients = [
+        PatientScores(
+            site="hospital_a",
+            patient=f"p{n}",
+            cases=1,
+            dice={"anterior": 0.5, "posterior": 1.0 if n < 4 else None},
+        )
+        for n in range(9)
+    ]
+    whole = {"dice": {"anterior": 0.5, "posterior": 1.0}}
+    assert means(patients, plan_of()) == whole
+    suppressing = plan_of(metrics="suppressed")
+    assert means(patients, suppressing) == {"dice": {"anterior": 0.5, "posterior": None}}
+    assert means([*patients, patients[0]], suppressing) == whole
+    assert means(patients, suppressing, 10) == NOTHING
 
 
 def test_the_hospitals_own_limit_counts_where_it_is_above_the_plans() -> None:
