@@ -160,11 +160,29 @@ class Gate:
         self._trainer: tuple[object, Trainer] | None = None
         self._ledger: Ledger | None = None
         self.doing: Doing | None = None
+        self._held: tuple[Doing, float] | None = None
 
     @property
     def max_bytes(self) -> int:
         """The largest envelope that a task of this study can have."""
         return envelope_limit(self._limit)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the plan says when answers leave."""
+        return self._held_s > 0
+
+    @property
+    def silent_until(self) -> float:
+        """Before this nothing may leave that could tell when work on a held answer ended."""
+        return max(self._due.values(), default=float("-inf"))
+
+    @property
+    def busy(self) -> Doing | None:
+        """What is being worked on, as far as it may be seen: till its time comes, on a held one."""
+        if self._held is not None and self.clock.now() < self._held[1]:
+            return self._held[0]
+        return self.doing
 
     def handle(self, envelope: Path) -> Answer:
         """Answer one sealed task, in this thread: prepared, held, let out.
@@ -284,6 +302,8 @@ class Gate:
         received = facts | {"bytes": header.size, "digest": header.about}
         self._chronicle.write("task_received", study=self._study, **received)
         self.doing = Doing(self._study, said.round, said.stage, self._now().isoformat())
+        if due > came:
+            self._held = (self.doing, due)
         plain = self._work(task, approval)
         self._require_still(approval)
         out = outgoing(plain, self._plan, self._suppress_below())

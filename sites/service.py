@@ -5,7 +5,9 @@ a file as it comes and is cut off where it is larger than any task of the plan; 
 in at a time, so that the disk which they can fill is bounded, and nothing is parsed before it is
 whole. One thread works on one task; a relay that went away meanwhile finds the answer stored, and
 one that brings the same task again before that is told at once that it is being worked on (409).
-Answers that are held until their time are held beside that thread, so that other studies go on.
+Answers that are held until their time are held beside that thread, so that other studies go on;
+until then nothing leaves that could tell when the work ended: neither an answer to whatever waited
+behind it, nor what is said of who is busy.
 Nothing that is said here names a patient, and a refusal has a status and no text.
 """
 
@@ -47,7 +49,7 @@ PIECE = 1024 * 1024
 BYTES = "application/octet-stream"
 SILENCE_S, BODY_S = 60.0, 900.0
 MOST_WAITING = 16
-MOST_HELD = 8  # answers of one study that wait for their time
+MOST_HELD = 8  # tasks of one study that holds its answers, from when they come till they leave
 Opens = Callable[[str], Gate]
 Reason = Callable[[], str | None]
 Tell = Callable[[str], None]
@@ -74,8 +76,8 @@ class Desk:
         """
         self._folder, self._open_gate = folder, open_gate
         self.closed, self.refused = closed, refused
-        self.waiting = 0  # tasks that are spooled, wait for their turn or are worked on
-        self.held: Counter[Gate] = Counter()  # answers that wait for their time
+        self.waiting = 0  # tasks that are spooled, wait for their turn, are worked on or held
+        self._inside: Counter[Gate] = Counter()
         self._at_work: set[bytes] = set()  # envelopes that wait, are worked on or held, by digest
         self._under_way: set[asyncio.Task[Ready]] = set()
         self._releases = ThreadPoolExecutor(1, thread_name_prefix="fedseg-egress")
@@ -106,11 +108,18 @@ class Desk:
 
         Returns:
             The answer, or None where the very same envelope is being worked on already.
+
+        Raises:
+            FloodError: so many tasks of a study that holds its answers are here already.
         """
         if envelope.digest in self._at_work:
             envelope.path.unlink(missing_ok=True)
             return None
+        if gate.holds and self._inside[gate] >= MOST_HELD:
+            envelope.path.unlink(missing_ok=True)
+            raise FloodError("too many answers of one study are held")
         self._at_work.add(envelope.digest)
+        self._inside[gate] += 1
         task = asyncio.create_task(self._due(gate, envelope, gate.clock.now()))
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
@@ -118,14 +127,30 @@ class Desk:
         return await asyncio.wrap_future(self._releases.submit(gate.release, ready))
 
     async def _due(self, gate: Gate, envelope: Spooled, came: float) -> Ready:
-        """An answer whose time has come."""
+        """An answer whose time has come; so does what is none wait."""
         try:
-            ready = await asyncio.wrap_future(self._prepared(gate, envelope.path, came))
-            if ready.due > gate.clock.now():
-                await self._hold(gate, ready)
+            try:
+                ready = await asyncio.wrap_future(self._prepared(gate, envelope.path, came))
+            except Exception:
+                await self._until(gate, self._silent_until(gate))
+                raise
+            await self._until(gate, ready.due if ready.due > came else self._silent_until(gate))
             return ready
         finally:
             self._at_work.discard(envelope.digest)
+            self._inside[gate] -= 1
+
+    def _silent_until(self, own: Gate) -> float:
+        """When the last answer is due that work was begun on.
+
+        Whatever the one thread has come to since has waited for that work, or shows that it ended.
+        """
+        return max(gate.silent_until for gate in (own, *(g for _, g in list(self._gates.values()))))
+
+    async def _until(self, gate: Gate, due: float) -> None:
+        """Wait for a time."""
+        while (left := due - gate.clock.now()) > 0:
+            await asyncio.sleep(left)
 
     def _prepared(self, gate: Gate, path: Path, came: float) -> Future[Ready]:
         """The answer once the one thread has worked on the task."""
@@ -144,30 +169,16 @@ class Desk:
         self._jobs.put(job)
         return found
 
-    async def _hold(self, gate: Gate, ready: Ready) -> None:
-        """Wait for an answer's time; meanwhile it takes no place among the tasks that wait."""
-        if self.held[gate] >= MOST_HELD:
-            raise FloodError("too many answers of one study are held")
-        self.held[gate] += 1
-        self.waiting -= 1
-        try:
-            while (left := ready.due - gate.clock.now()) > 0:
-                await asyncio.sleep(left)
-        finally:
-            self.waiting += 1
-            self.held[gate] -= 1
-
     def warm_up(self) -> None:
         """Import what training needs before the first task asks for it: it takes seconds."""
         self._jobs.put(lambda: find_spec("torch") and import_module("sites.trainer"))
 
     @property
     def doing(self) -> Doing | None:
-        """What is being worked on."""
-        for _, gate in list(self._gates.values()):
-            if gate.doing is not None:
-                return gate.doing
-        return None
+        """What is being worked on, or held: which of the two is not to be seen."""
+        gates = [gate for _, gate in list(self._gates.values())]
+        held = [gate.busy for gate in gates if gate.busy is not gate.doing]
+        return next((each for each in (*held, *(g.doing for g in gates)) if each is not None), None)
 
     def _run(self) -> None:
         """One task after the other; nothing that one meets is the end of the others."""
@@ -199,7 +210,6 @@ def make_service(folder: SiteFolder, desk: Desk, token: str | None = None) -> AS
                 "closed": desk.closed(),
                 "doing": None if doing is None else asdict(doing),
                 "waiting": max(0, desk.waiting - 1),
-                "held": desk.held.total(),
             }
         )
 
