@@ -119,11 +119,16 @@ class Folding:
         return _answer_of(header, size)
 
     def _check_patients(self, node: int, claimed: int | None) -> None:
-        """A site weighs what it enlisted with: nobody takes a round over by claiming more."""
+        """A site weighs at most what it enlisted with: nobody takes a round over by claiming more.
+
+        It may be fewer: patients withdraw, and few of them are withheld.
+        """
+        if claimed is None:
+            return
         enlisted = self._roster.patients_of(node)
-        if claimed is not None and claimed < 1:
+        if claimed < 1:
             raise AnswerError("data", "the site has no training patients")
-        if claimed != enlisted:
+        if enlisted is None or claimed > enlisted:
             raise AnswerError(
                 "data", f"the site enlisted with {enlisted} training patients and claims {claimed}"
             )

@@ -206,6 +206,23 @@ def test_a_site_that_fails_is_named_and_the_round_goes_on_without_it(fault: str)
     assert digest_of(last.server.model) == digest_of(two.server.model)
 
 
+@pytest.mark.parametrize("patients", [1, None])
+def test_a_hospital_whose_patients_withdrew_stays_in_the_study(patients: int | None) -> None:
+    plan = built_plan(aggregation__weighting="uniform")
+    fewer = trained(patients=patients)
+    sites = {n: good(name, plan) for n, name in zip((11, 12), SITES, strict=False)}
+
+    def left(task: bytes) -> Any:
+        header = peek(task, TaskHeader, max_bytes=10**7)
+        due = (header.stage, header.round) == ("train", 2)
+        return fewer(task) if due else reply(task, "site_c", plan)
+
+    last, _, _ = study(sites | {13: left}, plan=plan)
+    assert failures(last) == []
+    (record,) = [r for r in last.history if (r.round, r.stage) == (2, "train")]
+    assert record.answers[-1].patients == patients
+
+
 def test_an_answer_that_comes_late_is_never_looked_at() -> None:
     late = only_in("train", lambda task: (61.0, reply(task, "site_c", PLAN)), "site_c", 1)
     last, grid, _ = study(three(c=late))
