@@ -20,7 +20,7 @@ from fedseg.frozen import Frozen
 from fedseg.plan import Metric, StudyPlan
 
 Scores = dict[str, float | None]
-ArmName = Literal["federated", "pooled", "local"]
+ArmName = Literal["federated", "pooled", "local", "initial"]
 
 
 def mean_of(scores: Mapping[str, float | None]) -> float | None:
@@ -129,6 +129,9 @@ class SiteSummary(Frozen):
 
 class Arm(Frozen):
     """One way to train, measured on the held-back patients of every hospital.
+
+    A private study has the arm `initial` too, the model before any training: what the guarantee
+    left of the gain is seen beside it.
 
     Attributes:
         models: digest of the model used at each hospital (`local` has one a hospital).

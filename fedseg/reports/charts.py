@@ -21,8 +21,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-ARM_COLOURS = {"local": "#b4630a", "federated": "#0b5f9e", "pooled": "#6b7280"}
-ARM_MARKERS = {"local": "s", "federated": "o", "pooled": "^"}
+ARM_COLOURS = {
+    "initial": "#7a3e9d",
+    "local": "#b4630a",
+    "federated": "#0b5f9e",
+    "pooled": "#6b7280",
+}
+ARM_MARKERS = {"initial": "D", "local": "s", "federated": "o", "pooled": "^"}
 SITE_COLOURS = (
     "#0072b2",
     "#d55e00",
@@ -73,7 +78,7 @@ def dice_chart(values: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
         axes.tick_params(length=0)
         handles = [_handle(axes, arm) for arm in arms]
         axes.legend(
-            handles, arms, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, handlelength=1.0
+            handles, arms, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4, handlelength=1.0
         )
         return _svg(figure)
 

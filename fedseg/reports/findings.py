@@ -17,7 +17,7 @@ from fedseg.evaluation.statistics import mean_with_interval
 from fedseg.plan import Metric
 from fedseg.result import Arm, ArmName, PatientScores, StudyResult, mean_of
 
-ARMS: tuple[ArmName, ...] = ("local", "federated", "pooled")
+ARMS: tuple[ArmName, ...] = ("initial", "local", "federated", "pooled")
 Judgement = Literal["better", "worse", "open", "unknown"]
 
 
@@ -127,6 +127,8 @@ def verdict(result: StudyResult) -> tuple[str, ...]:
         f"{count(dice.patients, 'patient')} that no hospital trained on."
     ]
     local, pooled = result.arm("local"), result.arm("pooled")
+    if initial := result.arm("initial"):
+        said.append(_over_initial(difference(arm, initial, "dice"), initial))
     if local:
         said.append(_against(difference(arm, local, "dice")))
         said.extend(_exceptions(table(result, "dice")))
@@ -188,6 +190,17 @@ def _exceptions(dice: Table) -> tuple[str, ...]:
     return (
         f"Every one of the {len(gains)} hospitals gains; "
         f"{name} gains least ({number(least, signed=True)}).",
+    )
+
+
+def _over_initial(gain: Estimate, initial: Arm) -> str:
+    """The shared model against what the study started from."""
+    start = estimate(list(_values(initial, "dice", None).values()))
+    if gain.mean is None or start.mean is None:
+        return "How much of that the initial model reached before any training is not known."
+    return (
+        f"The initial model reached {number(start.mean)} before any training; the study added "
+        f"{number(gain.mean, signed=True)} ({interval(gain, signed=True)})."
     )
 
 

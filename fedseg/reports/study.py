@@ -30,6 +30,12 @@ from fedseg.result import StudyResult
 
 FEW_PATIENTS = 10
 SPLITS = ("train", "val", "test")
+ARM_TITLES = {
+    "initial": "Initial",
+    "local": "Local",
+    "federated": "Federated",
+    "pooled": "Pooled",
+}
 METRICS: tuple[tuple[Metric, str, int], ...] = (
     ("dice", "Dice", 3),
     ("hd95", "HD95 in mm", 2),
@@ -89,7 +95,7 @@ def _content(result: StudyResult, overlays: Sequence[Overlay]) -> dict[str, Any]
         "verdict": findings.verdict(result),
         "tables": tables,
         "labels": {name: findings.label_means(result, name) for name in result.plan.task.labels},
-        "arm_titles": {"local": "Local", "federated": "Federated", "pooled": "Pooled"},
+        "arm_titles": ARM_TITLES,
         "splits": [s for s in SPLITS if any(site.patients.get(s) for site in result.sites)],
         "dice_chart": _dice_chart(result),
         "curves": _curve_charts(result),

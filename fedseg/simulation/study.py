@@ -172,6 +172,8 @@ def simulate(
     scorer = Scorer(whole, split)
     names: tuple[ArmName, ...] = ("federated", *options.baselines)
     arms = tuple(_arm(name, trained, scorer) for name in names)
+    if plan.private is not None:
+        arms += (_untrained(initial, scorer),)
     final = released(trained["federated"].state, plan)
     result = StudyResult(
         plan=plan,
@@ -304,6 +306,18 @@ def _arm(name: ArmName, trained: Mapping[str, Finished], scorer: Scorer) -> Arm:
         if key.split(":")[0] == name:
             steps += sum(a.steps for stage in finished.state.history for a in stage.answers)
     return Arm(name=name, models=models, gradient_steps=steps, patients=tuple(scores))
+
+
+def _untrained(initial: Mapping[str, NDArray[Any]], scorer: Scorer) -> Arm:
+    """The initial model measured at every hospital."""
+    sites = [cohort.site for cohort in scorer.federation.cohorts]
+    digest = digest_of(initial)
+    return Arm(
+        name="initial",
+        models=dict.fromkeys(sites, digest),
+        gradient_steps=0,
+        patients=tuple(score for site in sites for score in scorer(initial, site)),
+    )
 
 
 def _summary(cohort: Cohort, left_out: int) -> SiteSummary:

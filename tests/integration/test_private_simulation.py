@@ -47,6 +47,10 @@ def test_a_private_study_states_its_guarantee_and_measures_its_model(
     assert "NOT PRIVATE" not in record.text
     federated = result.arm("federated")
     assert federated and all(p.mean_dice is not None for p in federated.patients)
+    initial = result.arm("initial")
+    assert initial and initial.gradient_steps == 0
+    assert set(initial.models.values()) == {result.plan.built.digest}
+    assert len(initial.patients) == len(federated.patients)
     assert load_model(out / "model.safetensors")[0].private is True
     assert load_model(out / "model-pooled.safetensors")[0].private is None
     assert load_result(out / "result.json") == result

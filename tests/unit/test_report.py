@@ -143,6 +143,15 @@ def test_the_verdict_says_what_the_numbers_say() -> None:
     assert "reached 0.900 (shared model against it: −0.038" in said[3]
 
 
+def test_what_the_initial_model_reached_is_said_beside_the_shared_one(tmp_path: Path) -> None:
+    result = _study(("federated", {"a": [0.7, 0.8]}), ("initial", {"a": [0.6, 0.6]}))
+    said = findings.verdict(result)
+    assert said[1].startswith("The initial model reached 0.600 before any training")
+    assert "+0.150" in said[1]
+    page = _page(make_result(arms=("federated", "pooled", "local", "initial")), tmp_path)
+    assert "Before any training" in page.text and "Initial" in page.text
+
+
 def test_the_verdict_does_not_flatter() -> None:
     worse = _study(
         ("federated", {"a": [0.5, 0.52, 0.51], "b": [0.7, 0.71, 0.73]}),
