@@ -212,6 +212,7 @@ class Trainer:
         """Train one private round; the answer is what leaves, whatever the round came to."""
         load_tensors(self._network, model)
         assert self._examination is not None  # a private plan's trainer has one
+        self._paid.require_registered(self._cohort)  # once more: from the debit on it is frozen
         gone = self._paid.withdrawn(self._patients)
         state, spent = self._states.before(header.round), self._clock()
         try:
@@ -268,6 +269,7 @@ class Trainer:
 
     def _evaluate_privately(self, header: TaskHeader, model: Arrays) -> tuple[Body, None]:
         """Metrics over the `val` patients, with noise, over a number that the plan declares."""
+        self._paid.require_registered(self._cohort)  # as above
         patients = self._measured(model)
         scores = noised_means(patients, self._plan, self._noise(self._purpose(header)))
         self._journal.write("evaluated", round=header.round, patients=len(patients))

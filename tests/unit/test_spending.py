@@ -22,7 +22,16 @@ from fedseg.models.zoo import initial_model
 from fedseg.plan import StudyPlan
 from fedseg.privacy.ledger import Ledger
 from fedseg.privacy.noise import Noise
-from fedseg.updates import AnswerHeader, Body, TaskHeader, Trained, open_answer, peek, task_digest
+from fedseg.updates import (
+    AnswerHeader,
+    Body,
+    Refused,
+    TaskHeader,
+    Trained,
+    open_answer,
+    peek,
+    task_digest,
+)
 from sites.journal import Journal
 from sites.spending import Account, reservation_of
 from sites.trainer import Trainer
@@ -133,6 +142,27 @@ def test_another_model_of_a_round_is_another_release_and_the_schedule_ends(
         assert body_of(answer).kind == ("train" if shift < 2 else "refused")
     assert "schedule" in reason(tmp_path)
     assert len(Journal(tmp_path / "site" / "journal.jsonl").read("trained")) == 2
+
+
+def test_a_register_that_was_exchanged_before_the_debit_charges_nobody_else(
+    cohort: Cohort, tmp_path: Path
+) -> None:
+    """Another cohort is approved between a trainer's look at the register and its first debit."""
+    plan = private_plan(3, metrics=1.0, **OPTIONS)
+    trainer = site(tmp_path, plan, cohort)
+    ledger = ledger_of(tmp_path / "site")
+    splits = {case.split: case.name for case in cohort.cases}
+    fewer = cohort.without([splits["train"], splits["val"]])
+    register(ledger, plan, fewer)
+    for stage in ("train", "evaluate"):
+        asked = task(plan, stage, 1, MODEL)
+        assert body_of(trainer.handle(asked)) == Refused(code="plan")
+        assert "not in the ledger's register" in reason(tmp_path)
+    assert not list((tmp_path / "site" / "answers").glob("*.answer"))
+    again = trainer_of(tmp_path / "site", plan, fewer, account_of(ledger, plan, tmp_path / "site"))
+    assert body_of(again.handle(task(plan, "train", 1, MODEL))).kind == "train"
+    (debit,) = (d for d in ledger.refresh().debits.values() if d.use == "train")
+    assert debit.attempts == 2 and debit.answer
 
 
 def test_work_that_a_crash_cut_short_begins_anew_with_fresh_noise_and_no_new_debit(
