@@ -6,11 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_hospitals import Hospital, phantoms
+from small_hospitals import Hospital, approved, phantoms
 from small_private_sites import ledger_of, private_hospital
+from typer.testing import CliRunner
 
 from fedseg.container import unpack
 from fedseg.updates import AnswerHeader
+from sites import cli
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +55,29 @@ def test_attempts_that_a_restarted_coordinator_makes_again_get_the_stored_answer
         answers.append(delta)
     assert len(set(answers)) == 1, answers
     assert len(ledger_of(site).book.debits) == site.trained == 1
+
+
+def test_a_hospital_that_declared_that_it_was_put_back_hears_the_studys_end(
+    site: Hospital, data: Path, tmp_path: Path
+) -> None:
+    """The coordinator has seen a head that is nowhere any more; all that it may stand for is paid."""
+    backup = tmp_path / "backup"
+    shutil.copytree(site.folder.path, backup)
+    heads = {site.own.name: asked(site, 1, None)[0]}
+    shutil.rmtree(site.folder.path)
+    shutil.copytree(backup, site.folder.path)
+    rounds = site.consortium.plan.aggregation.rounds
+
+    def says(stage: str, round_: int) -> str:
+        plain = site.consortium.plain(stage, round_, heads=heads)
+        body = site.said(site.ask(site.task(plain=plain))).body
+        return body.code if body.kind == "refused" else body.kind
+
+    stages = [("enlist", 0), ("train", 1), ("train", 2), ("release", rounds)]
+    assert [says(*each) for each in stages] == ["task"] * 4
+    words = ["ledger", "restore", "--whole-folder", "--reason", "Sunday"]
+    place = ["--site", str(site.folder.path)]
+    assert CliRunner().invoke(cli.app, [*words, *place]).exit_code == 0
+    approved(site.folder, site.consortium, data)
+    assert [says(*each) for each in stages] == ["enlist", "plan", "plan", "release"]
+    assert site.trained == 0 and site.folder.model("tiny").exists()

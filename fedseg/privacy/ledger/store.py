@@ -311,7 +311,8 @@ class Ledger:
     def acknowledge(self, study: str, claimed: str) -> None:
         """Accept the head that a task acknowledges: one that this ledger had.
 
-        One that a declared restore has lost is known from the audit.
+        One that a declared restore has lost is known from the audit. Where the audit was put back
+        too, any is accepted for a study of which all is charged: whatever was done, it is paid for.
 
         Raises:
             TrustError: it never had it: the whole folder was rolled back, or the task is not for
@@ -320,6 +321,9 @@ class Ledger:
         with self._turn:
             self._read_on()
             rows = [row.hash for row in self._rows]
+            declared = bool(self.book.restored) and study in self.book.studies
+            if declared and not self.book.left(study):
+                return
         if not (self._among(rows, study, claimed) or self._among(self._told(), study, claimed)):
             raise TrustError(
                 "the coordinator has seen a state of this ledger that is not in it: the site's "
