@@ -60,7 +60,7 @@ def test_attempts_that_a_restarted_coordinator_makes_again_get_the_stored_answer
 def test_a_hospital_that_declared_that_it_was_put_back_hears_the_studys_end(
     site: Hospital, data: Path, tmp_path: Path
 ) -> None:
-    """The coordinator has seen a head that is nowhere any more; all that it may stand for is paid."""
+    """The coordinator has seen a head that is nowhere any more; whatever was done is paid for."""
     backup = tmp_path / "backup"
     shutil.copytree(site.folder.path, backup)
     heads = {site.own.name: asked(site, 1, None)[0]}
