@@ -30,7 +30,8 @@ from small_ledgers import (
 from fedseg.chain import Chain, verify_chain
 from fedseg.errors import DataError, PrivacyError, StorageError, TrustError
 from fedseg.privacy.accounting import PrivacyFilter, epsilon_spent
-from fedseg.privacy.ledger import Ledger, patient_key
+from fedseg.privacy.guarantee import rounded_up
+from fedseg.privacy.ledger import Ledger, figures, patient_key
 from fedseg.privacy.ledger.restore import restore
 from fedseg.privacy.ledger.store import insert
 from fedseg.privacy.ledger.views import budget, export, show, withdrawal
@@ -592,3 +593,17 @@ def test_a_person_with_records_in_both_uses_must_have_room_for_both(tmp_path: Pa
     ledger.link((patient(0),), (patient(0), patient(1)), "and so it was")
     with pytest.raises(PrivacyError, match="1 of the 14 patients"):
         registered(ledger, study("two"), tight)
+
+
+def test_what_a_person_with_two_records_was_charged_is_shown(ledger: Ledger) -> None:
+    registered(ledger, study("kidney"))
+    ledger.reserve(digest("r"), "kidney", "train", STEP, LIMITS)
+    assert "another id" not in show(ledger.book, LIMITS)
+    ledger.link((patient(0),), (patient(0), patient(1)), "one person, two numbers")
+    worst = epsilon_spent([STEP.of_records(2)], LIMITS.study_delta)
+    assert worst > epsilon_spent([STEP], LIMITS.study_delta)
+    text = show(ledger.refresh(), LIMITS)
+    assert "1 ids are of people who are in it under another id too" in text
+    assert f"up to epsilon {rounded_up(worst)} at delta" in text
+    (found,) = (s for s in figures.spent(ledger.book, LIMITS)["studies"] if s["study"] == "kidney")
+    assert found["epsilon_of_several_records"] == worst

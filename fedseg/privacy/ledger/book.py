@@ -147,6 +147,11 @@ class Book:
         heirs = {p for p in self._parents if self.known_ids(p) & named}
         return tuple(sorted(named | heirs))
 
+    def several_records(self, study: str) -> tuple[Patient, ...]:
+        """The people who are in a study's register under more than one id: charged for each."""
+        register = self.studies[study].train | self.studies[study].val
+        return tuple(p for p in self.people(register) if len(self.known_ids(p) & register) > 1)
+
     @property
     def patients(self) -> tuple[Patient, ...]:
         """Everyone who was ever registered or linked."""

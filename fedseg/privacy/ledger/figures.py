@@ -27,6 +27,14 @@ def spent(book: Book, limits: Limits) -> dict[str, JsonValue]:
                 "closed": study.closed,
                 "train": _use(book, name, "train", limits),
                 "val": _use(book, name, "val", limits),
+                "ids_with_several_records": len(book.several_records(name)),
+                "epsilon_of_several_records": max(
+                    (
+                        epsilon_spent(work, limits.study_delta)
+                        for work in {book.charges(p, name) for p in book.several_records(name)}
+                    ),
+                    default=0.0,
+                ),
                 "unanswered": sum(
                     debit.answer is None for debit in book.debits.values() if debit.study == name
                 ),

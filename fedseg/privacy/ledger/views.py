@@ -31,6 +31,13 @@ def show(book: Book, limits: Limits) -> str:
         state = f"closed ({study.closed})" if study.closed else "open"
         lines += ["", f"{name}: {state}, registered {study.at}"]
         lines += [_use(book, name, use, limits) for use in ("train", "val") if study.cohort(use)]
+        if several := book.several_records(name):
+            charged = {book.charges(person, name) for person in several}
+            worst = max(epsilon_spent(work, limits.study_delta) for work in charged)
+            lines.append(
+                f"  {len(several)} ids are of people who are in it under another id too, charged "
+                f"for each: up to epsilon {rounded_up(worst)} at delta {limits.study_delta:g}"
+            )
         unanswered = sum(d.answer is None for d in book.debits.values() if d.study == name)
         if unanswered:
             lines.append(f"  {unanswered} debits without an answer: begun, not finished, paid for")
