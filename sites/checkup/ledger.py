@@ -1,5 +1,6 @@
 """The privacy ledger: whole, in step with the audit, and with a register for each private plan.
 
+A private study is never told whose images could not be read, so the hospital is, here.
 Nothing is written. A copy of the ledger elsewhere cannot be seen from here, and neither can a
 folder that was put back as a whole: both are said, so that nobody takes silence for a yes.
 """
@@ -13,6 +14,9 @@ from sites.approval import approved
 from sites.audit import utc_now
 from sites.checkup.verdict import Verdict, fail, warn, well
 from sites.folder import SiteFolder
+from sites.journal import Journal
+
+JOURNAL = "journal.jsonl"
 
 
 def ledger(folder: SiteFolder) -> Verdict:
@@ -56,6 +60,14 @@ def register(folder: SiteFolder, study: str) -> Verdict | list[Verdict]:
         )
     steps = sum(each.mechanism.steps for each in book.left(study) if each.use == "train")
     charged = f"{len(found.train)} training patients and {len(found.val)} held back are charged"
+    lost = _lost(folder, study)
+    if lost:
+        return warn(
+            subject,
+            f"{charged}; in the last round {lost} times a patient who was drawn gave nothing: "
+            "no image could be read or the gradient was not finite. The study is not told",
+            "make room on the disk of the prepared cases; `fedseg-site check` on the data folder",
+        )
     if not steps:
         return warn(
             subject,
@@ -63,6 +75,12 @@ def register(folder: SiteFolder, study: str) -> Verdict | list[Verdict]:
             "nothing, where the study is over; another round of training will be refused",
         )
     return well(subject, f"{charged}; {steps} steps of its schedule are left")
+
+
+def _lost(folder: SiteFolder, study: str) -> int:
+    """How often a drawn patient gave nothing in the last round, by the trainer's own journal."""
+    rounds = Journal(folder.work(study) / JOURNAL).read("trained")
+    return int(rounds[-1].get("lost", 0)) if rounds else 0
 
 
 def _key(folder: SiteFolder) -> SigningKey | None:

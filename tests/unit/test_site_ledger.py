@@ -303,6 +303,20 @@ class TestDoctor:
         condition, says = self.found(site, f"Ledger ({STUDY})")
         assert condition == "ok" and "3 steps of its schedule are left" in says
 
+    def test_patients_who_could_not_be_read_are_said_here_alone(
+        self, site: Hospital, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        train(site)
+        assert self.found(site, f"Ledger ({STUDY})")[0] == "ok"
+        monkeypatch.setattr("fedseg.imaging.cache._store", full)
+        shutil.rmtree(site.folder.cache)
+        assert site.said(site.ask(site.task("train", 2))).body.kind == "train"
+        condition, says = self.found(site, f"Ledger ({STUDY})")
+        assert condition == "warning" and "4 times a patient who was drawn gave nothing" in says
+
     def test_what_is_wrong_is_said(self, site: Hospital) -> None:
         site.folder.ledger_secret.chmod(0o640)
         assert self.found(site, "Owners and modes")[0] == "fail"
