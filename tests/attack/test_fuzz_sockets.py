@@ -139,7 +139,8 @@ def test_the_trainers_socket(count: int, site: Hospital, caplog: pytest.LogCaptu
         assert site.said(ask(door, "tiny", good)).body.kind == "enlist"
         chronicle.close()
     statuses = [status for status, _ in said]
-    assert set(statuses) <= {200, 400, 403, 404, 405, 413, 431, 503}
+    asked_again = {409, 429}  # the same bytes from eight at a time, and a hundred times an hour
+    assert set(statuses) <= {200, 400, 403, 404, 405, 413, 431, 503} | asked_again
     for status, body in said:
         assert status == 200 or body in WORDS, body[:200]
         assert str(site.folder.path).encode() not in body and b"Traceback" not in body
