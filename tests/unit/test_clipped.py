@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from math import inf, isfinite, nan
 
@@ -224,6 +225,19 @@ def test_an_empty_draw_has_a_sum_of_zeros() -> None:
     assert isinstance(empty, ClippedSum) and len(empty.norms) == 0
     assert empty.sum.keys() == dict(network.named_parameters()).keys()
     assert not any(part.any() for part in empty.sum.values())
+
+
+def test_an_estimate_keeps_nothing_of_what_it_looked_at() -> None:
+    network, shape = unet(2, "instance", 2)
+    data = batch(network, shape, torch.float32)
+
+    def tensors() -> int:
+        saved_bytes(network, loss, (data[0][:1], data[1][:1]))
+        gc.collect()
+        return sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+
+    tensors()
+    assert tensors() == tensors()
 
 
 def test_memory_chooses_the_mode_and_the_micro_batch() -> None:

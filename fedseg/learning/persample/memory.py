@@ -65,17 +65,16 @@ def saved_bytes(network: nn.Module, loss: Loss, example: Batch) -> int:
     own = {p.untyped_storage().data_ptr() for p in network.parameters()}
     kept: dict[int, int] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> None:  # a tensor would hold the graph that holds it, for ever
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
     inputs, targets = example
     with (
         torch.random.fork_rng(devices=[inputs.device] if inputs.is_cuda else []),
         torch.enable_grad(),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept),
     ):
         loss(network(inputs), targets)
     return sum(kept.values())
