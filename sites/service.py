@@ -40,8 +40,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedseg.errors import DataError, FedsegError
 from fedseg.logs import without_its_text
+from sites.admission import StrangerError
 from sites.folder import SiteFolder, make_folder
-from sites.gate import Answer, Doing, FloodError, Gate, Ready, StrangerError
+from sites.gate import Doing, FloodError, Gate
+from sites.outbox import Answer, Ready
 
 logger = logging.getLogger(__name__)
 

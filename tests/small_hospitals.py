@@ -34,9 +34,11 @@ from sites.decision import approve
 from sites.enrolment import join, open_offer
 from sites.folder import SiteFolder
 from sites.founding import found
-from sites.gate import Answer, Gate, Keys, make_trainer
+from sites.gate import Gate, Keys
 from sites.journal import Journal
 from sites.keyring import own_identity
+from sites.outbox import Answer
+from sites.worker import make_trainer
 
 NOW = datetime(2026, 5, 3, 12, 0, tzinfo=UTC)
 NAME = "hospital_a"

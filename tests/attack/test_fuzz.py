@@ -23,8 +23,9 @@ from small_parties import node_line
 from fedseg.errors import TrustError
 from fedseg.security.keys import SigningKey
 from fedseg.security.nodekeys import check_public_line
+from sites.admission import StrangerError
 from sites.chronicle import SINGLY
-from sites.gate import FloodError, StrangerError
+from sites.gate import FloodError
 
 SEED = 20260503
 SLOW = [pytest.mark.slow, pytest.mark.timeout(1800)]

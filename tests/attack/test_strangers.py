@@ -25,9 +25,11 @@ from small_parties import Party
 from fedseg.errors import StorageError
 from fedseg.security.keys import ReceivingKey, SealingKey, SigningKey
 from fedseg.updates import message_limit
+from sites.admission import StrangerError
 from sites.answers import Answers
 from sites.chronicle import SINGLY
-from sites.gate import FloodError, Gate, StrangerError
+from sites.gate import FloodError, Gate
+from sites.outbox import Outbox
 from sites.trainer import Trainer
 
 
@@ -258,7 +260,7 @@ CRASHES = {
     "before the work": (Answers, "begin", 0, 1),
     "between training and the store": (Trainer, "handle", 1, 2),
     "between the store and the reply": (Answers, "keep", 1, 1),
-    "while it seals": (Gate, "_seal", 1, 1),
+    "while it seals": (Outbox, "_seal", 1, 1),
 }
 
 

@@ -36,9 +36,10 @@ from sites.cohort import choose_cohort
 from sites.decision import approve, refuse
 from sites.folder import SiteFolder
 from sites.founding import found
-from sites.gate import Answer, Gate
+from sites.gate import Gate
 from sites.journal import Journal
 from sites.listening import Place, make_server, opened_place
+from sites.outbox import Answer
 from sites.service import Desk
 from sites.trainer import Trainer
 

@@ -244,7 +244,7 @@ class TestCommands:
         assert gone.encode() not in everything_in(site.folder.path / "trainer")
         gate = site.gate()
         assert site.said(site.ask(site.task("train", 2), gate)).body.kind == "train"
-        assert gone not in gate._trainer[1]._patients  # type: ignore[index]
+        assert gone not in gate._worker.trainer[1]._patients  # type: ignore[index]
         with pytest.raises(DataError, match="must not name"):
             run(site, "withdraw", gone, "--reason", f"{gone} asked for it")
         with pytest.raises(DataError, match="in no register"):

@@ -1,0 +1,158 @@
+"""Who works behind the gate: the trainer of what is approved, paid for from the hospital's ledger.
+
+A trainer is kept for as long as the same yes holds and nobody withdraws. The ledger is looked at
+before every task, and opened anew once it is not what it was.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from fedseg.container import peek
+from fedseg.errors import FedsegError, PrivacyError, TrustError
+from fedseg.plan import StudyPlan
+from fedseg.security.documents import stamp
+from fedseg.security.keys import SigningKey
+from fedseg.updates import AnswerHeader, RefusalCode
+from sites.approval import Approval
+from sites.folder import SiteFolder
+from sites.journal import Journal
+from sites.policy import limits_of, load_policy
+
+if TYPE_CHECKING:
+    from fedseg.privacy.ledger import Ledger
+    from sites.trainer import Trainer
+
+JOURNAL = "journal.jsonl"
+MakeTrainer = Callable[[SiteFolder, str, StudyPlan, "Ledger | None"], "Trainer"]
+
+
+class TrainerRefusedError(FedsegError):
+    """The trainer refused."""
+
+    def __init__(self, code: RefusalCode, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+class Worker:
+    """One study's trainer and the ledger that it is paid from."""
+
+    def __init__(
+        self,
+        folder: SiteFolder,
+        plan: StudyPlan,
+        signing: SigningKey,
+        *,
+        now: Callable[[], datetime],
+        make_trainer: MakeTrainer,
+        limit: int,
+    ) -> None:
+        """Make a worker; its trainer is made at the first task.
+
+        Args:
+            signing: this site's.
+            now: the time, with its zone.
+            make_trainer: as in `Gate`.
+            limit: the largest answer, in bytes.
+        """
+        self._folder, self._study, self._plan, self._signing = folder, plan.study, plan, signing
+        self._now, self._make_trainer, self._limit = now, make_trainer, limit
+        self.trainer: tuple[object, Trainer] | None = None
+        self._ledger: Ledger | None = None
+
+    def read_ledger(self) -> None:
+        """Look at the ledger as it is now; a private plan that is not in it is refused.
+
+        A ledger that is not what it was is opened anew at the next task: it may have been restored.
+
+        Raises:
+            PrivacyError: nobody would be charged for the plan.
+            TrustError: ledger or audit were changed, or the ledger is missing.
+        """
+        if self._plan.private is None and self._ledger is None and not self._folder.ledger.exists():
+            return
+        from sites.ledger import open_ledger, require_registered
+
+        try:
+            if self._ledger is None:
+                now = lambda: stamp(self._now())  # noqa: E731
+                self._ledger = open_ledger(self._folder, self._signing, now)
+            self._ledger.refresh()
+            if self._plan.private is not None:
+                require_registered(self._ledger, self._plan)
+        except TrustError:
+            self._ledger = self.trainer = None
+            raise
+
+    def work(self, task: mmap.mmap, approval: Approval) -> bytes:
+        """Have the trainer answer; what it refuses is raised, and not stored.
+
+        Raises:
+            TrainerRefusedError: with the code that leaves; the message stays.
+        """
+        withdrawn = frozenset(self._ledger.book.withdrawn) if self._ledger else frozenset()
+        made_for = (approval.signature, withdrawn)
+        if self.trainer is None or self.trainer[0] != made_for:
+            self.trainer = None
+            trainer = self._make_trainer(self._folder, self._study, self._plan, self._ledger)
+            self.trainer = (made_for, trainer)
+        answer = self.trainer[1].handle(task)
+        body = peek(answer, AnswerHeader, max_bytes=self._limit).body
+        if body.kind == "refused":
+            raise TrainerRefusedError(body.code, self._reason(body.code))
+        return answer
+
+    def _reason(self, code: RefusalCode) -> str:
+        """Why the trainer refused, from its journal; what nobody foresaw may name a path."""
+        refusals = Journal(self._folder.work(self._study) / JOURNAL).read("refused")
+        if code == "failed" or not refusals:
+            return "the trainer failed: its journal has the reason"
+        return str(refusals[-1]["reason"])
+
+
+def make_trainer(
+    folder: SiteFolder, study: str, plan: StudyPlan, ledger: Ledger | None, device: str = "cpu"
+) -> Trainer:
+    """The trainer of an approved plan, on the cohort that was approved with it.
+
+    Patients who have withdrawn since are left out; under a guarantee they contribute zero, and the
+    work is paid for from the ledger.
+
+    Raises:
+        DataError: the data changed since.
+        PrivacyError: the plan has a guarantee, and there is no ledger to charge.
+    """
+    import torch
+
+    from fedseg.imaging.cache import CaseCache
+    from sites.cohort import load_cohort, load_record
+    from sites.trainer import Trainer
+
+    torch.set_num_threads(plan.training.threads)
+    cohort, account = load_cohort(folder, study, plan), None
+    if ledger is not None:
+        from sites.ledger import without_withdrawn
+
+        cohort = without_withdrawn(ledger, cohort)
+    if plan.private is not None:
+        if ledger is None:
+            raise PrivacyError("a plan with a guarantee needs the hospital's ledger: approve it")
+        from sites.spending import Account
+
+        limits = lambda: limits_of(load_policy(folder.policy))  # noqa: E731
+        account = Account(ledger, plan, folder.work(study) / "paid", limits)
+    return Trainer(
+        plan,
+        cohort,
+        CaseCache(folder.cache, plan.task),
+        folder.work(study),
+        left_out=load_record(folder, study, plan).left_out,
+        models=folder.models,
+        device=device,
+        account=account,
+        suppress_below=load_policy(folder.policy).suppress_below,
+    )
