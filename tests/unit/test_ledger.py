@@ -32,8 +32,8 @@ from fedseg.errors import DataError, PrivacyError, StorageError, TrustError
 from fedseg.privacy.accounting import PrivacyFilter, epsilon_spent
 from fedseg.privacy.guarantee import rounded_up
 from fedseg.privacy.ledger import Ledger, figures, patient_key
+from fedseg.privacy.ledger.file import insert
 from fedseg.privacy.ledger.restore import restore
-from fedseg.privacy.ledger.store import insert
 from fedseg.privacy.ledger.views import budget, export, show, withdrawal
 from fedseg.privacy.mechanisms import Mechanism
 

@@ -38,10 +38,9 @@ from fedseg.privacy.ledger.entries import (
     next_row,
     secret_check,
 )
-from fedseg.privacy.ledger.store import Ledger, connect, insert, read_rows
+from fedseg.privacy.ledger.file import MODE, connect, insert, read_rows
+from fedseg.privacy.ledger.store import Ledger
 from fedseg.privacy.ledger.witness import Seen, Witness
-
-_MODE = 0o600
 
 
 def restore(
@@ -255,7 +254,7 @@ def _replace(path: Path, rows: Sequence[Row]) -> None:
         make_folder(path.parent, mode=0o700)
         for leftover in (draft, _journal(draft)):
             leftover.unlink(missing_ok=True)
-        draft.touch(mode=_MODE)
+        draft.touch(mode=MODE)
         with closing(connect(draft)) as database:
             database.execute("BEGIN IMMEDIATE")
             for row in rows:

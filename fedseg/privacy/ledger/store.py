@@ -1,10 +1,7 @@
 """The ledger on disk: reserve before work, commit after; two processes cannot spend the same.
 
-SQLite with a rollback journal and `synchronous=EXTRA`: a write has reached the disk when it
-returns, the directory entry of the journal included (with FULL alone a power cut may take the last
-commit back). No write-ahead log: between writes the one file is the whole ledger, so that a plain
-copy of it is a backup. Every write decides and appends inside one BEGIN IMMEDIATE, on rows that it
-has read there, so what a second process sees is what the first has left.
+Every write decides and appends inside one BEGIN IMMEDIATE, on rows that it has read there, so what
+a second process sees is what the first has left.
 
 Order of a debit: the row, then the audit's entry, then the work. Order of an answer: seal and store
 it, commit its digest, then let it out. A crash anywhere leaves the debit; work begins again under
@@ -16,14 +13,13 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedseg.durable import make_folder
-from fedseg.errors import DataError, PrivacyError, StorageError, TrustError
-from fedseg.privacy.accounting import PrivacyFilter, epsilon_spent, require_small_delta
-from fedseg.privacy.ledger.book import Book, Debit, History, Limits
+from fedseg.errors import DataError, PrivacyError, TrustError
+from fedseg.privacy.accounting import PrivacyFilter, require_small_delta
+from fedseg.privacy.ledger.book import Book, Debit, Limits
 from fedseg.privacy.ledger.entries import (
     START,
     Answered,
@@ -39,25 +35,13 @@ from fedseg.privacy.ledger.entries import (
     Withdrawn,
     blinded,
     next_row,
-    opened_row,
     patient_key,
     secret_check,
 )
+from fedseg.privacy.ledger.file import MODE, connected, insert, read_rows
+from fedseg.privacy.ledger.room import require_promise, require_room, require_room_for_all
 from fedseg.privacy.ledger.witness import Seen, Witness
-from fedseg.privacy.mechanisms import Allowed, Mechanism, Use
-
-_PATIENCE_S = 30.0
-_MODE = 0o600
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS rows (
-    n INTEGER PRIMARY KEY, at TEXT NOT NULL, event TEXT NOT NULL,
-    prev TEXT NOT NULL, hash TEXT NOT NULL UNIQUE
-) STRICT;
-CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON rows
-BEGIN SELECT RAISE(ABORT, 'rows of the ledger are never changed'); END;
-CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON rows
-BEGIN SELECT RAISE(ABORT, 'rows of the ledger are never removed'); END;
-"""
+from fedseg.privacy.mechanisms import Mechanism, Use
 
 
 @dataclass(frozen=True)
@@ -110,7 +94,7 @@ class Ledger:
         order = PrivacyFilter.for_budget(limits.total_epsilon, limits.total_delta).order
         ledger = cls(path, secret, witness, now)
         make_folder(path.parent, mode=0o700)
-        path.touch(mode=_MODE)
+        path.touch(mode=MODE)
 
         def begin(book: Book) -> Event:
             if book.opened is not None:
@@ -208,14 +192,14 @@ class Ledger:
                 f"study {limits.study_epsilon:g} at {limits.study_delta:g}"
             )
         require_small_delta(delta, len(event.train) + len(event.val))
-        _require_promise(event.schedule, epsilon, delta)
+        require_promise(event.schedule, epsilon, delta)
 
         def decide(book: Book) -> Event | None:
             study = book.studies.get(event.study)
             if study is not None and study.registered == event and not study.closed:
                 return None
             book.require_new_register(event)
-            _require_room_for_all(book, event, limits)
+            require_room_for_all(book, event, limits)
             return event
 
         self._append(decide)
@@ -241,7 +225,7 @@ class Ledger:
                 again = Retried(reservation=task, study=study, use=use, mechanism=mechanism)
                 return again if debit.answer is None else None
             cohort = book.require_allowed(wanted).cohort(use)
-            _require_room(book, cohort, mechanism, limits)
+            require_room(book, cohort, mechanism, limits)
             return wanted
 
         self._append(decide)
@@ -356,7 +340,7 @@ class Ledger:
 
     def _write(self, decide: Callable[[Book], Event | None]) -> None:
         """One transaction."""
-        with _connected(self._path) as database:
+        with connected(self._path) as database:
             database.execute("BEGIN IMMEDIATE")
             self._read_on(database)
             event = decide(self.book)
@@ -372,7 +356,7 @@ class Ledger:
     def _read_on(self, database: sqlite3.Connection | None = None) -> None:
         """Read the rows that are new, and that the last known one is still there."""
         if database is None:
-            with _connected(self._path) as opened:
+            with connected(self._path) as opened:
                 self._read_on(opened)
             return
         known = len(self._rows)
@@ -404,58 +388,6 @@ def current(seen: list[Seen]) -> list[Seen]:
     return seen[starts[-1] :] if starts else seen
 
 
-def read_rows(found: Iterator[tuple[object, ...]], number: int, head: str) -> Iterator[Row]:
-    """Rows as they come from the file, each verified against the one before.
-
-    Raises:
-        TrustError: one was edited, removed or reordered.
-    """
-    for n, at, text, prev, digest in found:
-        number += 1
-        if n != number:
-            raise TrustError(f"row {number} of the ledger is missing: rows were removed")
-        row = opened_row(number, str(at), str(text), str(prev), str(digest), head)
-        head = row.hash
-        yield row
-
-
-def insert(database: sqlite3.Connection, row: Row) -> None:
-    """Write one row."""
-    values = (row.n, row.at, row.text, row.prev, row.hash)
-    database.execute("INSERT INTO rows VALUES (?, ?, ?, ?, ?)", values)
-
-
-@contextmanager
-def _connected(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection for one operation; whatever goes wrong, what was begun is undone."""
-    if not path.exists():
-        raise TrustError(
-            "the ledger is missing, and without it nobody knows what was spent: bring it back "
-            "with `fedseg-site ledger restore`"
-        )
-    try:
-        with closing(connect(path)) as database:
-            yield database
-    except sqlite3.DatabaseError as error:
-        if "malformed" in str(error) or "not a database" in str(error):
-            raise TrustError(
-                "the ledger's file is damaged: `fedseg-site ledger restore` with a backup"
-            ) from None
-        raise StorageError(
-            f"the ledger cannot be read or written ({error}): nothing goes on unrecorded"
-        ) from error
-
-
-def connect(path: Path) -> sqlite3.Connection:
-    """Open the file as every part of fedseg must."""
-    database = sqlite3.connect(path, timeout=_PATIENCE_S, isolation_level=None)
-    database.execute("PRAGMA journal_mode=DELETE")
-    database.execute("PRAGMA synchronous=EXTRA")
-    if not database.execute("SELECT 1 FROM sqlite_master WHERE name='no_delete'").fetchone():
-        database.executescript(_SCHEMA)
-    return database
-
-
 def _require_same_work(debit: Debit, wanted: Reserved) -> None:
     """Refuse a reservation for other work than it was made for."""
     same = (debit.study, debit.use, debit.mechanism)
@@ -463,88 +395,3 @@ def _require_same_work(debit: Debit, wanted: Reserved) -> None:
         raise PrivacyError(
             "this task was reserved for other work (study, use, noise, rate or steps differ)"
         )
-
-
-def _require_promise(schedule: tuple[Allowed, ...], epsilon: float, delta: float) -> None:
-    """Refuse a schedule that costs more than is promised, on either use."""
-    for use in ("train", "val"):
-        work = [each.mechanism for each in schedule if each.use == use]
-        if (cost := epsilon_spent(work, delta)) > epsilon:
-            raise PrivacyError(
-                f"the schedule costs each patient ({use}) epsilon {cost:.4g} at delta {delta:g}, "
-                f"more than the {epsilon:g} that the plan promises: its noise is too weak"
-            )
-
-
-def _filter(book: Book, limits: Limits) -> PrivacyFilter:
-    """The stop rule, at the ledger's order."""
-    return PrivacyFilter(limits.total_epsilon, limits.total_delta, book.order)
-
-
-def _require_room_for_all(book: Book, event: Registered, limits: Limits) -> None:
-    """Refuse a study that some patient, with all records, could not see through to its end."""
-    rule = _filter(book, limits)
-    sums = _Sums(book, rule, without=event.study)
-    study = book.studies.get(event.study)
-    again = study is not None and study.registered == event
-    schedule = book.left(event.study) if again else event.schedule
-    cohorts: dict[Use, frozenset[Patient]] = {
-        "train": frozenset(event.train), "val": frozenset(event.val)
-    }  # fmt: skip
-    short = 0
-    for patient in cohorts["train"] | cohorts["val"]:
-        ids = book.known_ids(patient)
-        cost = rule.cost(
-            each.mechanism.of_records(records)
-            for each in schedule
-            if (records := len(ids & cohorts[each.use]))
-        )
-        short += not rule.room(sums.spent(patient) + sums.promised(patient), cost)
-    if short:
-        raise PrivacyError(
-            f"{short} of the {len(event.train) + len(event.val)} patients have too little of their "
-            f"budget left for all of {event.study} (total_epsilon {limits.total_epsilon:g} at "
-            f"total_delta {limits.total_delta:g}): leave them out or refuse the study"
-        )
-
-
-def _require_room(
-    book: Book, cohort: frozenset[Patient], mechanism: Mechanism, limits: Limits
-) -> None:
-    """Stop where somebody's sum would leave the filter's budget."""
-    rule = _filter(book, limits)
-    sums = _Sums(book, rule)
-    short = 0
-    for patient in book.people(cohort):
-        records = max(1, len(book.known_ids(patient) & cohort))
-        cost = rule.cost([mechanism.of_records(records)])
-        short += not rule.room(sums.spent(patient), cost)
-    if short:
-        raise PrivacyError(
-            f"{short} patients have no budget left for this (total_epsilon "
-            f"{limits.total_epsilon:g} at total_delta {limits.total_delta:g}): no training"
-        )
-
-
-class _Sums:
-    """Sums of Renyi divergences, computed once for all patients who share a history."""
-
-    def __init__(self, book: Book, rule: PrivacyFilter, without: str = "") -> None:
-        self._book, self._rule, self._without = book, rule, without
-        self._spent: dict[History, float] = {}
-        self._promised: dict[History, float] = {}
-
-    def spent(self, patient: Patient) -> float:
-        """What a patient was charged."""
-        history = self._book.history(patient)
-        if history not in self._spent:
-            self._spent[history] = self._rule.cost(self._book.charges(patient))
-        return self._spent[history]
-
-    def promised(self, patient: Patient) -> float:
-        """What open studies may still charge a patient."""
-        history = self._book.history(patient)
-        if history not in self._promised:
-            work = self._book.promised(patient, self._without)
-            self._promised[history] = self._rule.cost(work)
-        return self._promised[history]
