@@ -14,7 +14,7 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from fedseg.arrays import schema_of
+from fedseg.arrays import Arrays, digest_of, schema_of
 from fedseg.durable import write_atomically
 from fedseg.errors import DataError, PlanError
 from fedseg.initial import initial_path, load_initial
@@ -45,20 +45,24 @@ def build(path: Path, start: Path | None = None) -> StudyPlan:
     Args:
         path: of the plan.
         start: a model file to start from, of the same network and task; without it the weights
-            come from the plan's seed. The guarantee does not cover who it was trained on.
+            come from the plan's seed. The guarantee does not cover who it was trained on. Adapters
+            that it has and the plan has not are folded into its weights; those that the plan has
+            and it has not begin fresh.
 
     Raises:
-        PlanError: the plan does not hold, its network cannot be built, or the model to start from
-            is of another network or task, or not finite.
+        PlanError: the plan does not hold, its network cannot be built, the model to start from is
+            of another network or task, or not finite, or there is none for adapters to adapt.
         DataError, TrustError: the model file cannot be read or trusted.
     """
-    from fedseg.models.zoo import initial_model
+    from fedseg.models.zoo import initial_model, require_start
     from fedseg.privacy.schedule import calibrated
 
     plan = load_plan(path)
+    if start is None:
+        require_start(plan)
     record, tensors = initial_model(plan)
     if start is not None:
-        record, tensors = started_from(start, plan, record)
+        record, tensors = started_from(start, plan, record, tensors)
     text = _with_built(path.read_text(encoding="utf-8"), record, calibrated(plan))
     plan = parse_plan(text.encode(), source=path.name)
     save_model(initial_path(path), plan, tensors, arm="initial", rounds=0)
@@ -67,7 +71,7 @@ def build(path: Path, start: Path | None = None) -> StudyPlan:
 
 
 def started_from(
-    start: Path, plan: StudyPlan, schema: InitialModel
+    start: Path, plan: StudyPlan, schema: InitialModel, drawn: Arrays
 ) -> tuple[InitialModel, dict[str, NDArray[Any]]]:
     """A model file as the initial model of a plan.
 
@@ -75,6 +79,7 @@ def started_from(
 
     Args:
         schema: the record of any model of the plan's network, for its tensors.
+        drawn: tensors of such a model, for fresh adapters.
 
     Raises:
         PlanError: the model is of another network or task, or not finite.
@@ -87,6 +92,10 @@ def started_from(
                 f"{start.name} cannot be the initial model: its {field} is {_short(other)}, the "
                 f"plan's is {_short(own)}; pre-train with this plan, or change the plan"
             )
+    if header.plan.model != plan.model:
+        from fedseg.models.zoo import readapted
+
+        tensors = readapted(tensors, header.plan.model, plan.model, plan.task, drawn)
     if schema_of(tensors) != schema.tensors:
         raise PlanError(
             f"{start.name} cannot be the initial model: its tensors are not those that the plan's "
@@ -94,12 +103,13 @@ def started_from(
         )
     if not all(np.isfinite(array).all() for array in tensors.values()):
         raise PlanError(f"{start.name} cannot be the initial model: it holds NaN or infinity")
-    return InitialModel(digest=header.model_digest, tensors=schema.tensors), tensors
+    return InitialModel(digest=digest_of(tensors), tensors=schema.tensors), tensors
 
 
 def _parts(plan: StudyPlan, other: StudyPlan) -> Iterator[tuple[str, object, object]]:
     """Field by field, what a model belongs to."""
-    yield "model", plan.model, other.model
+    own, others = (each.model.model_copy(update={"adapters": None}) for each in (plan, other))
+    yield "model", own, others
     for field in ("dimensions", "channels", "labels", "spacing_mm", "normalisation"):
         yield f"task.{field}", getattr(plan.task, field), getattr(other.task, field)
 

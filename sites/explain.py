@@ -28,6 +28,11 @@ _PARTS = {
     "norms": "those of the norm layers alone are trained",
     "head": "those of the last layer alone are trained",
     "norms+head": "those of the norm layers and of the last layer alone are trained",
+    "adapters": "those of small added layers (adapters) alone are trained",
+    "norms+adapters": "those of the norm layers and of small added layers alone are trained",
+    "adapters+head": "those of the last layer and of small added layers alone are trained",
+    "norms+adapters+head": "those of the norm layers, of the last layer and of small added layers "
+    "alone are trained",
 }
 
 

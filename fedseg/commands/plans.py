@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -82,13 +83,23 @@ def build(
 ) -> None:
     """Make the initial model, and record its digest and tensors in the plan."""
     plan = planfile.build(path, start)
-    count = sum(spec.nbytes for spec in plan.built.tensors) // 4
+    count, part = sum(prod(spec.shape) for spec in plan.built.tensors), plan.training.trainable
+    trained = "all" if part == "all" else f"{_trained(plan):,} of them"
     typer.echo(
-        f"wrote {planfile.initial_path(path)} ({count / 1e6:.2f} M parameters); "
+        f"wrote {planfile.initial_path(path)} ({count / 1e6:.2f} M parameters, {trained} trained); "
         f"the plan's digest is now {plan.digest}"
     )
     if plan.private:
         typer.echo("\n".join(f"{name}: {value}" for name, value in _privacy(plan)))
+
+
+def _trained(plan: StudyPlan) -> int:
+    """How many parameters the sites train."""
+    from fedseg.models.parts import freeze
+    from fedseg.models.zoo import build_network
+
+    network = build_network(plan.model, plan.task)
+    return sum(network.get_parameter(n).numel() for n in freeze(network, plan.training.trainable))
 
 
 def _table(plan: StudyPlan) -> Table:

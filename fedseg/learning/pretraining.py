@@ -59,7 +59,7 @@ def pretraining_plan(
     learning_rate: float = 0.005,
     batch_size: int = 4,
 ) -> StudyPlan:
-    """The plan by which a model for a study is pre-trained.
+    """The plan by which a model for a study is pre-trained: its network, without adapters.
 
     Args:
         plan: of the study; built or not, private or not.
@@ -81,6 +81,7 @@ def pretraining_plan(
         }
     )
     changed = {
+        "model": plan.model.model_copy(update={"adapters": None}),
         "training": training,
         "aggregation": Aggregation(rounds=chunks, minimum_sites=1),
         "privacy": NoPrivacy(),

@@ -4,7 +4,8 @@ Few trained parameters matter under a guarantee: the noise's norm grows with the
 their number, the gradient's does not. Norm affines and the last layer adapt a pre-trained network
 to new data (Tobaben et al., TMLR 2023, arXiv 2302.01190). The slopes of PReLU are left out: each is
 shared by every channel and voxel of its layer, so that a handful has a larger gradient than all the
-rest together, and would use up a patient's clip norm.
+rest together, and would use up a patient's clip norm. Low-rank `adapters` reach the convolutions,
+at a tenth or less of their numbers.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from torch import nn
 
 from fedseg.errors import PlanError
+from fedseg.models.adapters import Adapted
 from fedseg.plan import Trainable
 
 NORMS = (
@@ -30,8 +32,9 @@ def freeze(network: nn.Module, trainable: Trainable) -> tuple[str, ...]:
 
     Args:
         network: as built; call it once, before an optimiser is made.
-        trainable: `all`; `norms`, the affine parameters of norm layers; `head`, the convolution or
-            linear layer that is defined last; or both.
+        trainable: `all`; `norms`, the affine parameters of norm layers; `adapters`, those that
+            `adapt` gave the network; `head`, the convolution or linear layer that is defined last;
+            or several of these.
 
     Returns:
         The names of the parameters that are trained, in the network's order.
@@ -66,14 +69,28 @@ def _wanted(network: nn.Module, trainable: Trainable) -> set[int] | None:
             )
         parts += norms
     if "head" in trainable:
-        layers = [layer for layer in network.modules() if _is(layer, LAYERS)]
-        if not layers:
+        head = head_of(network)
+        if head is None:
             raise PlanError(
                 f"training.trainable is {trainable}, but the network has no convolution or linear "
                 "layer that could be its head: train norms or all"
             )
-        parts.append(layers[-1])
+        parts.append(head)
+    if "adapters" in trainable:
+        adapted = [layer for layer in network.modules() if isinstance(layer, Adapted)]
+        if not adapted:
+            raise PlanError(
+                f"training.trainable is {trainable}, but the network has no adapters: add "
+                "model.adapters, for example {rank: 4}"
+            )
+        parts += [part for layer in adapted for part in (layer.down, layer.up)]
     return {id(p) for part in parts for p in part.parameters(recurse=False)}
+
+
+def head_of(network: nn.Module) -> nn.Module | None:
+    """The convolution or linear layer that is defined last; None in a network without any."""
+    layers = [layer for layer in network.modules() if _is(layer, LAYERS)]
+    return layers[-1] if layers else None
 
 
 def _is(layer: nn.Module, kinds: tuple[type, ...]) -> bool:

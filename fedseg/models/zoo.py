@@ -20,6 +20,8 @@ from torch import nn
 
 from fedseg.arrays import Arrays, digest_of, schema_of, seed_for
 from fedseg.errors import PlanError, TrustError
+from fedseg.models.adapters import adapt, base_names, merged
+from fedseg.models.parts import head_of
 from fedseg.models.unet import build_unet
 from fedseg.plan import InitialModel, Model, StudyPlan, Task, UNetOptions
 
@@ -38,17 +40,24 @@ class NetworkFactory(Protocol):
 
 
 def build_network(model: Model, task: Task) -> nn.Module:
-    """Build the plan's network; its weights come from torch's global generator.
+    """Build the plan's network, with its adapters; weights come from torch's global generator.
+
+    The head gets no adapter: it has few outputs, and is trained itself where a plan says so.
 
     Raises:
         PlanError: the network is not installed here, has another version than the plan's, cannot
-            be built with these options, or has a layer that mixes patients.
+            be built with these options, has a layer that mixes patients, or none for an adapter.
     """
     if model.network == "unet":
         network: nn.Module = build_unet(task, UNetOptions.model_validate(model.options))
     else:
         network = _build_installed(model, task)
     refuse_running_statistics(network)
+    if model.adapters is not None:
+        head = head_of(network)
+        trained = model.adapters.down == "trained"
+        leave = () if head is None else (head,)
+        adapt(network, model.adapters.rank, train_down=trained, leave=leave)
     return network
 
 
@@ -88,6 +97,20 @@ def initial_model(plan: StudyPlan) -> tuple[InitialModel, dict[str, NDArray[np.g
     return InitialModel(digest=digest_of(arrays), tensors=schema_of(arrays)), arrays
 
 
+def require_start(plan: StudyPlan) -> None:
+    """Refuse adapters beside weights that were drawn at random, where nothing useful is learnt.
+
+    Raises:
+        PlanError: the plan has adapters.
+    """
+    if plan.model.adapters is not None:
+        raise PlanError(
+            "model.adapters needs a trained model to adapt, and the plan's seed gives random "
+            "weights, which would stay frozen: run `fedseg pretrain study.yaml --out MODEL`, then "
+            "`fedseg plan build study.yaml --from MODEL`; or remove model.adapters"
+        )
+
+
 def state_tensors(network: nn.Module) -> dict[str, NDArray[np.generic]]:
     """Copies of the network's parameters and buffers by name."""
     state = network.state_dict()
@@ -113,6 +136,35 @@ def load_tensors(network: nn.Module, arrays: Arrays) -> None:
             f"{came.get(name, 'none of that name')}; use the plan that the model was made with"
         )
     network.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()})
+
+
+def readapted(
+    arrays: Arrays, model: Model, other: Model, task: Task, fresh: Arrays
+) -> dict[str, NDArray[np.generic]]:
+    """A model's tensors for the same network with other adapters, or with none.
+
+    Adapters that it has are folded into its weights, in float64 and rounded once. Adapters that it
+    gets are fresh, so that what it computes stays the same up to that rounding.
+
+    Args:
+        arrays: of the model.
+        model: that they belong to.
+        other: the same but for its adapters.
+        task: of both.
+        fresh: tensors of `other`, whose adapters are taken.
+
+    Raises:
+        PlanError: see `build_network`.
+        TrustError: arrays that do not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        old, new = build_network(model, task), build_network(other, task)
+    load_tensors(old, arrays)
+    plain = state_tensors(merged(old))
+    names = base_names(new)
+    found = {n: plain[names[n]] if n in names else np.array(a) for n, a in fresh.items()}
+    load_tensors(new, found)
+    return found
 
 
 def _build_installed(model: Model, task: Task) -> nn.Module:

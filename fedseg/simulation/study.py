@@ -32,7 +32,7 @@ from fedseg.imaging.fingerprint import fingerprint
 from fedseg.imaging.manifests import read_manifest
 from fedseg.modelfile import save_model
 from fedseg.models.devices import require_device
-from fedseg.models.zoo import initial_model, load_tensors
+from fedseg.models.zoo import initial_model, load_tensors, require_start
 from fedseg.plan import StudyPlan
 from fedseg.result import (
     Arm,
@@ -227,6 +227,7 @@ def _built(
                 "the initial model is not the one that the plan names: run `fedseg plan build`"
             )
         return _with_noise(plan), dict(given)
+    require_start(plan)
     record, tensors = initial_model(plan)
     if plan.initial is not None and plan.initial != record:
         raise PlanError(
