@@ -109,7 +109,7 @@ class Trainer:
             self._paid.require_registered(cohort)
         self._network = build_network(plan.model, plan.task).to(torch.device(device))
         freeze(self._network, plan.training.trainable)
-        self._examination = None if plan.private is None else prepare(self._network, plan)
+        self._how = None if plan.private is None else prepare(self._network, plan)
         self._patients = PreparedPatients(cohort.split("train"), cache)
         self._cache = cache
         self._states = OptimiserStates(folder / "state", plan)
@@ -211,7 +211,7 @@ class Trainer:
     def _train_privately(self, header: TaskHeader, model: Arrays) -> tuple[Body, Arrays | None]:
         """Train one private round; the answer is what leaves, whatever the round came to."""
         load_tensors(self._network, model)
-        assert self._examination is not None  # a private plan's trainer has one
+        assert self._how is not None  # a private plan's trainer has it
         self._paid.require_registered(self._cohort)  # once more: from the debit on it is frozen
         gone = self._paid.withdrawn(self._patients)
         state, spent = self._states.before(header.round), self._clock()
@@ -223,7 +223,7 @@ class Trainer:
                 round_=header.round,
                 site=self._cohort.site,
                 noise=self._noise(self._purpose(header)),
-                examination=self._examination,
+                how=self._how,
                 optimiser_state=state,
                 anchor=model,
             )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -139,32 +140,35 @@ def promise_of(plan: StudyPlan) -> LocalPrivacy:
     return plan.private
 
 
-def prepare(network: nn.Module, plan: StudyPlan) -> Examination:
+def prepare(network: nn.Module, plan: StudyPlan, memory_bytes: int = MEMORY_BYTES) -> Schedule:
     """Find out how this network's per-patient gradients are made; once a trainer, without data.
 
+    What is trained of the network must be settled. Its weights are left alone.
+
+    Args:
+        plan: private.
+        memory_bytes: for activations and per-patient gradients.
+
+    Returns:
+        Method and micro-batch, which depend on no weight and no patient: they hold for every round.
+
     Raises:
-        PlanError: the network mixes patients, keeps statistics or other state of what it sees, or
-            has gradients that cannot be told apart.
+        PlanError: the plan has no guarantee; the network mixes patients, keeps statistics or other
+            state of what it sees, or needs more memory.
     """
+    promise_of(plan)
     device = next(network.parameters()).device
     chance = torch.Generator().manual_seed(0)
     shape = tuple(plan.task.patch_size)
     images = torch.randn(3, len(plan.task.channels), *shape, generator=chance).to(device)
     labels = torch.randint(len(plan.task.labels) + 1, (3, *shape), generator=chance).to(device)
-    before = _copies(network.named_buffers())
     mode = network.training
     network.train()
     try:
         found = examine(network, dice_ce_per_patient, (images, labels), torch.tensor([0, 0, 1]))
+        return _schedule(network, plan, found, memory_bytes, device)
     finally:
         network.train(mode)
-    for name, buffer in network.named_buffers():
-        if not torch.equal(buffer, before[name]):
-            raise PlanError(
-                f"the network changes its buffer {name[:80]!r} while it trains: that would leave "
-                "the hospital without noise; use a layer that keeps nothing of what it sees"
-            )
-    return found
 
 
 def train_round_privately(
@@ -175,10 +179,9 @@ def train_round_privately(
     round_: int,
     site: str,
     noise: Noise,
-    examination: Examination,
+    how: Schedule,
     optimiser_state: Arrays | None = None,
     anchor: Arrays | None = None,
-    memory_bytes: int = MEMORY_BYTES,
 ) -> RoundOutcome:
     """Train a network in place for `plan.training.steps_per_round` private steps.
 
@@ -193,13 +196,12 @@ def train_round_privately(
         round_: from 1; places the round in the learning-rate schedule.
         site: its name, for the seeds of patches.
         noise: who is drawn, noise and dropout; fresh for this round.
-        examination: from `prepare`.
+        how: from `prepare`, for this network and plan.
         optimiser_state: of the last round at this site; None begins anew.
         anchor: the round's model as arrays, for fedprox; its pull is added after the noise.
-        memory_bytes: for activations and per-patient gradients.
 
     Raises:
-        PlanError: the plan has no guarantee, or the network needs more memory.
+        PlanError: the plan has no guarantee.
         NotFiniteError: the weights are not finite after the last step; that follows from noisy
             gradients alone.
         RoundError: the optimiser's state does not fit.
@@ -215,7 +217,6 @@ def train_round_privately(
     lost = 0
     network.train()
     with repeatable(settings.threads, int.from_bytes(noise.bytes(8)) >> 1, device):
-        how = _schedule(network, plan, examination, memory_bytes, device)
         for step in range(settings.steps_per_round):
             drawn = np.flatnonzero(noise.chosen(len(names), promise.rate)).tolist()
             place = f"{round_} {step}"
@@ -373,7 +374,7 @@ def _follow(
 def _schedule(
     network: nn.Module,
     plan: StudyPlan,
-    examination: Examination,
+    found: Examination,
     memory_bytes: int,
     device: torch.device,
 ) -> Schedule:
@@ -383,10 +384,8 @@ def _schedule(
     label = torch.zeros(1, *shape, dtype=torch.long, device=device)
     samples = promise_of(plan).patches_per_patient
     with _autocast(plan, device):
-        found = choose(network, dice_ce_per_patient, (image, label), memory_bytes, samples)
-    if examination.method == "loop":
-        return Schedule("loop", found.samples_at_once)
-    return found
+        chosen = choose(network, dice_ce_per_patient, (image, label), memory_bytes, samples)
+    return replace(chosen, method="loop") if found.method == "loop" else chosen
 
 
 def _autocast(plan: StudyPlan, device: torch.device) -> AbstractContextManager[None]:
@@ -394,8 +393,3 @@ def _autocast(plan: StudyPlan, device: torch.device) -> AbstractContextManager[N
     if plan.training.mixed_precision and device.type == "cuda" and torch.cuda.is_bf16_supported():
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
-
-
-def _copies(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Copies by name."""
-    return {name: tensor.detach().clone() for name, tensor in tensors}

@@ -19,7 +19,13 @@ from fedseg.learning.augment import augment, margin_of
 from fedseg.learning.local import RoundOutcome
 from fedseg.learning.losses import dice_ce_per_patient
 from fedseg.learning.optimiser import learning_rate
-from fedseg.learning.private import prepare, private_gradient, train_round_privately
+from fedseg.learning.persample.memory import choose
+from fedseg.learning.private import (
+    MEMORY_BYTES,
+    prepare,
+    private_gradient,
+    train_round_privately,
+)
 from fedseg.learning.sampling import PatchSampler, window
 from fedseg.models.zoo import build_network, initial_model, load_tensors, state_tensors
 from fedseg.plan import StudyPlan
@@ -51,12 +57,13 @@ def train(
     patients: Mapping[str, Sequence[PreparedCase]] = PATIENTS,
     noise: Noise | None = None,
     network: nn.Module | None = None,
+    memory_bytes: int = MEMORY_BYTES,
     **options: Any,
 ) -> tuple[dict[str, Any], RoundOutcome]:
     network = network or build_network(plan.model, plan.task)
     load_tensors(network, initial_model(plan)[1])
     outcome = train_round_privately(
-        network, patients, plan, round_=1, site="A", examination=prepare(network, plan),
+        network, patients, plan, round_=1, site="A", how=prepare(network, plan, memory_bytes),
         noise=noise or Noise.seeded(1, "A"), **options,
     )  # fmt: skip
     return state_tensors(network), outcome
@@ -274,6 +281,27 @@ def test_small_memory_gives_the_same_round() -> None:
         np.testing.assert_allclose(short[key], whole[key], atol=1e-5)
     with pytest.raises(PlanError, match="MiB"):
         train(plan, memory_bytes=1000)
+
+
+def test_what_fits_into_memory_is_found_out_once_and_not_every_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan, looked = private_plan(), []
+
+    def counted(*args: Any) -> Any:
+        looked.append(args)
+        return choose(*args)
+
+    monkeypatch.setattr("fedseg.learning.private.choose", counted)
+    network = build_network(plan.model, plan.task).eval()
+    load_tensors(network, initial_model(plan)[1])
+    how = prepare(network, plan)
+    assert not network.training
+    for round_ in (1, 2):
+        train_round_privately(
+            network, PATIENTS, plan, round_=round_, site="A", how=how, noise=Noise.seeded(1, "A")
+        )
+    assert len(looked) == 1
 
 
 def test_frozen_parts_stay_bit_for_bit() -> None:

@@ -200,14 +200,14 @@ def _trained(
     network = build_network(plan.model, plan.task)
     freeze(network, plan.training.trainable)
     load_tensors(network, initial)
-    examination = prepare(network, plan) if plan.private else None
+    how = prepare(network, plan) if plan.private else None
     state: Arrays = {}
     for round_ in range(1, plan.aggregation.rounds + 1):
         anchor = {name: t.detach().numpy().copy() for name, t in network.state_dict().items()}
-        if examination is not None:
+        if how is not None:
             outcome = train_round_privately(
                 network, patients, plan, round_=round_, site="audit", noise=noise,
-                examination=examination, optimiser_state=state or None, anchor=anchor,
+                how=how, optimiser_state=state or None, anchor=anchor,
             )  # fmt: skip
         else:
             outcome = train_round(

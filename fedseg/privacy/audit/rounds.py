@@ -20,7 +20,7 @@ from fedseg.arrays import seed_for
 from fedseg.errors import DataError
 from fedseg.imaging.transforms import PreparedCase
 from fedseg.learning.optimiser import trained
-from fedseg.learning.persample.examine import Examination
+from fedseg.learning.persample.memory import Schedule as Micro
 from fedseg.learning.private import prepare, promise_of, train_round_privately
 from fedseg.learning.sampling import Patients
 from fedseg.models.parts import freeze
@@ -53,12 +53,12 @@ def idle_rounds(plan: StudyPlan, patients: int, steps: int, noise: Noise) -> Idl
     plan = _single_step(plan.model_copy(update={"task": task}), patches_per_patient=1)
     kind = nn.Conv3d if task.dimensions == 3 else nn.Conv2d
     network = kind(len(task.channels), 1 + len(task.labels), 1)
-    drawn, released = np.zeros((steps, patients), bool), []
+    how, drawn, released = prepare(network, plan), np.zeros((steps, patients), bool), []
     for row in drawn:
         nobody = _Unreadable(patients)
         nn.init.zeros_(network.weight)
         nn.init.zeros_(network.bias)  # type: ignore[arg-type]
-        released.append(_step(network, nobody, plan, noise, Examination("stored", ())))
+        released.append(_step(network, nobody, plan, noise, how))
         row[list(nobody.asked)] = True
     return Idle(drawn, np.stack(released))
 
@@ -86,13 +86,11 @@ def one_patients_share(plan: StudyPlan, seed: int) -> float:
 
 
 def _step(
-    network: nn.Module, patients: Patients, plan: StudyPlan, noise: Noise, examination: Examination
+    network: nn.Module, patients: Patients, plan: StudyPlan, noise: Noise, how: Micro
 ) -> Floats:
     """The noisy sum of one step, over C."""
     before = _weights(network)
-    train_round_privately(
-        network, patients, plan, round_=1, site="audit", noise=noise, examination=examination
-    )
+    train_round_privately(network, patients, plan, round_=1, site="audit", noise=noise, how=how)
     return before - _weights(network)
 
 
