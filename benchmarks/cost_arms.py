@@ -52,9 +52,9 @@ def plain(work: Path, _out: Path) -> Said:
     from fedseg.imaging.cache import CaseCache
     from fedseg.learning.augment import augment, margin_of
     from fedseg.learning.losses import dice_ce_per_patient
-    from fedseg.learning.optimiser import learning_rate
     from fedseg.learning.sampling import PatchSampler, draw_patients
     from fedseg.models.zoo import build_network, load_tensors
+    from fedseg.rates import learning_rate
 
     plan, initial, cohorts = _study(work)
     task, training, rounds = plan.task, plan.training, plan.aggregation.rounds

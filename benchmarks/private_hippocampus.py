@@ -33,13 +33,14 @@ from typing import Any
 import numpy as np
 
 from coordinator.rounds.events import Event, StageClosed
-from fedseg.arrays import Arrays, digest_of, schema_of
+from fedseg.arrays import Arrays, digest_of
 from fedseg.durable import write_atomically
 from fedseg.evaluation.evaluate import labelled
 from fedseg.imaging.manifests import read_manifest
 from fedseg.learning.pretraining import phantom_patients, pretrain, pretraining_plan
 from fedseg.modelfile import load_model, save_model
-from fedseg.plan import InitialModel, StudyPlan, parse_plan
+from fedseg.models.zoo import initial_model
+from fedseg.plan import StudyPlan, parse_plan
 from fedseg.planfile import example
 from fedseg.privacy.schedule import calibrated
 from fedseg.simulation.baselines import pooled
@@ -191,9 +192,6 @@ def _study(options: argparse.Namespace, seed: int) -> StudyPlan:
 def plan_of(options: argparse.Namespace, arm: str, seed: int, start: Arrays) -> StudyPlan:
     """The plan of one arm, built."""
     values = _study(options, seed).model_dump(mode="json")
-    values["initial"] = InitialModel(digest=digest_of(start), tensors=schema_of(start)).model_dump(
-        mode="json"
-    )
     training, aggregation = values["training"], values["aggregation"]
     if arm in ("same-part", *PRIVATE):
         training["trainable"] = options.trainable
@@ -204,7 +202,8 @@ def plan_of(options: argparse.Namespace, arm: str, seed: int, start: Arrays) -> 
         _, epsilon, delta = arm.split("-", 2)
         _make_private(values, options, int(epsilon), float(delta))
     plan = StudyPlan.model_validate(values)
-    return plan.model_copy(update={"calibrated": calibrated(plan)})
+    record = initial_model(plan)[0].model_copy(update={"digest": digest_of(start)})
+    return plan.model_copy(update={"initial": record, "calibrated": calibrated(plan)})
 
 
 def _make_private(
@@ -227,6 +226,7 @@ def _make_private(
     values["aggregation"] |= {
         "rounds": rounds,
         "weighting": "uniform",
+        "strategy": "fedavgm" if options.momentum else "fedavg",
         "server_momentum": options.momentum,
     }
     values["evaluation"]["every_rounds"] = rounds

@@ -24,6 +24,8 @@ class ModelHeader(Frozen):
     Attributes:
         arm: how it was trained: federated, pooled, local, or initial.
         rounds: closed rounds of training.
+        released: digest of the shared model that a hospital's own one was made from; None where
+            it is the shared one itself.
         private: whether it keeps the guarantee of its plan: False where the noise was seeded, None
             where there is no guarantee, or nothing was trained on patients yet.
     """
@@ -34,6 +36,7 @@ class ModelHeader(Frozen):
     model_digest: Digest
     arm: str
     rounds: int
+    released: Digest | None = None
     private: bool | None = None
 
     @model_validator(mode="after")
@@ -53,11 +56,13 @@ def save_model(
     arm: str,
     rounds: int,
     seeded: bool = False,
+    released: str | None = None,
 ) -> None:
     """Write a model file, atomically.
 
     Args:
         seeded: its noise was seeded, so that it keeps no guarantee whatever its plan says.
+        released: see `ModelHeader`.
     """
     header = ModelHeader(
         plan=plan,
@@ -65,6 +70,7 @@ def save_model(
         model_digest=digest_of(model),
         arm=arm,
         rounds=rounds,
+        released=released,
         private=not seeded if plan.private is not None and rounds else None,
     )
     write_atomically(path, packed(header, model))

@@ -29,6 +29,7 @@ from pydantic import (
 from fedseg.errors import PlanError
 from fedseg.frozen import Count, Digest, Fraction, Frozen, Name, NotNegative, Positive
 from fedseg.promise import Calibration, LocalPrivacy, NoPrivacy, Privacy
+from fedseg.strategy import Aggregation
 
 MAX_PLAN_BYTES = 4 * 1024 * 1024
 
@@ -223,31 +224,6 @@ class Training(Frozen):
     seed: int = Field(default=0, ge=0, lt=2**63)
 
 
-class Aggregation(Frozen):
-    """How the coordinator turns answers into the next model."""
-
-    strategy: Literal["fedavg", "fedprox"] = "fedavg"
-    proximal_mu: NotNegative = 0.0
-    rounds: Count = 20
-    weighting: Literal["patients", "uniform"] = "patients"
-    minimum_sites: Count = 3
-    round_timeout_s: Positive = 3600.0
-    attempts: Count = 2
-    server_learning_rate: Positive = 1.0
-    server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    weight_averaging: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-    @model_validator(mode="after")
-    def _strategy_settings(self) -> Self:
-        if self.strategy == "fedprox" and self.proximal_mu == 0:
-            raise ValueError(
-                "proximal_mu must be above 0 for fedprox (try 0.01); without it, say fedavg"
-            )
-        if self.strategy == "fedavg" and self.proximal_mu:
-            raise ValueError("proximal_mu belongs to fedprox; remove it or set strategy: fedprox")
-        return self
-
-
 class Evaluation(Frozen):
     """What is measured on each site's `val` patients, and how often."""
 
@@ -278,10 +254,40 @@ class TensorSpec(Frozen):
 
 
 class InitialModel(Frozen):
-    """The model that the study starts from, by digest, and the schema that every update keeps."""
+    """The model that the study starts from, by digest, and the schema that every update keeps.
+
+    Attributes:
+        personal: tensors that each site trains for itself; they never travel.
+        frozen: tensors that nobody trains, so that no update carries them.
+    """
 
     digest: Digest
     tensors: tuple[TensorSpec, ...] = Field(min_length=1)
+    personal: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _parts_are_there(self) -> Self:
+        apart = [*self.personal, *self.frozen]
+        if len(set(apart)) != len(apart) or not set(apart) <= {t.name for t in self.tensors}:
+            raise ValueError(
+                "personal and frozen name other tensors than the model's, or one twice: run "
+                "`fedseg plan build` again"
+            )
+        if len(apart) == len(self.tensors):
+            raise ValueError("nothing is shared: every tensor is personal or frozen")
+        return self
+
+    @property
+    def update_nbytes(self) -> int:
+        """Size of one update in bytes, without the header of its file."""
+        return sum(spec.nbytes for spec in self.updated)
+
+    @property
+    def updated(self) -> tuple[TensorSpec, ...]:
+        """The tensors that an update carries."""
+        apart = {*self.personal, *self.frozen}
+        return tuple(spec for spec in self.tensors if spec.name not in apart)
 
     @property
     def nbytes(self) -> int:
@@ -319,6 +325,7 @@ class StudyPlan(Frozen):
                 "aggregation.weighting: patients needs privacy.outputs.counts: plain; or say "
                 "weighting: uniform"
             )
+        self._strategy_fits()
         if self.model.network != "unet":
             return self
         step = 2 ** (len(UNetOptions.model_validate(self.model.options).channels) - 1)
@@ -336,8 +343,44 @@ class StudyPlan(Frozen):
             )
         return self
 
+    def _strategy_fits(self) -> None:
+        """Refuse a strategy that this training cannot follow."""
+        strategy, optimiser = self.aggregation.strategy, self.training.optimiser
+        if strategy == "scaffold" and (optimiser.name != "sgd" or optimiser.momentum):
+            raise ValueError(
+                "aggregation.strategy: scaffold takes each site's mean gradient from its update, "
+                "which plain SGD alone allows: set training.optimiser to name: sgd, momentum: 0"
+            )
+        personal, trainable = self.aggregation.personal, self.training.trainable
+        if personal is not None and trainable != "all":
+            if personal not in trainable:
+                raise ValueError(
+                    f"aggregation.strategy: {strategy} keeps the {personal} at home, but "
+                    f"training.trainable: {trainable} does not train them; train all"
+                )
+            if personal == trainable:
+                raise ValueError(
+                    f"aggregation.strategy: {strategy} keeps the {personal} at home, and "
+                    f"training.trainable: {trainable} trains nothing else: nothing would be shared"
+                )
+        if self.initial is not None and bool(self.initial.personal) != (personal is not None):
+            raise ValueError(
+                "initial.personal does not fit aggregation.strategy: run `fedseg plan build` again"
+            )
+
     def _keeps(self, privacy: LocalPrivacy) -> None:
         """Refuse what would break a guarantee, or leave it without its noise."""
+        if self.aggregation.strategy in ("scaffold", "ditto"):
+            raise ValueError(
+                f"aggregation.strategy: {self.aggregation.strategy} makes more from patients than "
+                "the update that carries the noise "
+                + (
+                    "(each site's control variate)"
+                    if self.aggregation.strategy == "scaffold"
+                    else "(each site's own model, which its scores would tell of)"
+                )
+                + "; choose another strategy under a guarantee"
+            )
         if self.aggregation.weighting != "uniform":
             raise ValueError(
                 "aggregation.weighting: patients would weigh each update by a true count, which is "

@@ -22,7 +22,7 @@ from fedseg.modelfile import load_model, save_model
 from fedseg.plan import InitialModel, StudyPlan, load_plan, parse_plan
 from fedseg.promise import Calibration
 
-__all__ = ["EXAMPLES", "build", "example", "initial_path", "load_initial", "write_example"]
+__all__ = ["EXAMPLES", "build", "example", "initial_path", "load_initial", "load_written", "write_example"]
 
 _BLOCK = re.compile(
     r"^(# Written by `fedseg plan build`.*\n)?(initial|calibrated):.*(\n[ \t].*|\n)*", re.M
@@ -57,7 +57,7 @@ def build(path: Path, start: Path | None = None) -> StudyPlan:
     from fedseg.models.zoo import initial_model, require_start
     from fedseg.privacy.schedule import calibrated
 
-    plan = load_plan(path)
+    plan = load_written(path)
     if start is None:
         require_start(plan)
     record, tensors = initial_model(plan)
@@ -67,6 +67,26 @@ def build(path: Path, start: Path | None = None) -> StudyPlan:
     plan = parse_plan(text.encode(), source=path.name)
     save_model(initial_path(path), plan, tensors, arm="initial", rounds=0)
     write_atomically(path, text.encode())
+    return plan
+
+
+def load_written(path: Path) -> StudyPlan:
+    """Read and check a plan as people write it: what nothing would read is refused as well.
+
+    A plan's canonical bytes name every field, and are taken as they are.
+
+    Raises:
+        PlanError: the plan does not hold, or names a setting that has no meaning under its
+            guarantee.
+    """
+    plan = load_plan(path)
+    named = "batch_size" in plan.training.model_fields_set
+    if plan.private is not None and named and path.read_bytes().strip() != plan.canonical_bytes:
+        raise PlanError(
+            f"{path.name}: training.batch_size has no meaning under a guarantee: privacy.rate says "
+            "with which probability each patient is in a step, and privacy.patches_per_patient how "
+            "much each brings; remove the line"
+        )
     return plan
 
 
@@ -103,7 +123,7 @@ def started_from(
         )
     if not all(np.isfinite(array).all() for array in tensors.values()):
         raise PlanError(f"{start.name} cannot be the initial model: it holds NaN or infinity")
-    return InitialModel(digest=digest_of(tensors), tensors=schema.tensors), tensors
+    return schema.model_copy(update={"digest": digest_of(tensors)}), tensors
 
 
 def _parts(plan: StudyPlan, other: StudyPlan) -> Iterator[tuple[str, object, object]]:
@@ -142,6 +162,9 @@ def _with_built(text: str, record: InitialModel, noise: Calibration | None) -> s
         flow = {"name": spec.name, "shape": list(spec.shape), "dtype": spec.dtype}
         entry = yaml.safe_dump(flow, default_flow_style=True, sort_keys=False, width=10_000)
         lines.append(f"    - {entry.strip()}")
+    for field in ("personal", "frozen"):
+        names = getattr(record, field)
+        lines += [f"  {field}: {json.dumps(list(names))}"] if names else []
     if noise is not None:
         lines += ["calibrated:", f"  training: {noise.training!r}"]
         lines += [f"  metrics: {noise.metrics!r}"] if noise.metrics else []

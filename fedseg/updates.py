@@ -34,6 +34,7 @@ NotNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 COARSER: Mapping[RefusalCode, RefusalCode] = {"data": "failed", "not_finite": "failed"}
 HEADER_ROOM = 2 * 1024 * 1024  # a list of sites fits
 TENSOR_ROOM = 1024
+CONTROL = "control/"
 
 
 class TaskHeader(Frozen):
@@ -41,6 +42,7 @@ class TaskHeader(Frozen):
 
     Attributes:
         model: digest of the tensors that travel with it.
+        control: likewise, of the server's control variate, which scaffold's training brings.
         roll: who takes part, when sites enlist; None in a simulation and in every other stage.
         heads: the last blinded head of its ledger that each site's answers have carried. A site
             that does not know its own was put back to an older state, and refuses.
@@ -53,6 +55,7 @@ class TaskHeader(Frozen):
     stage: StageName
     attempt: Annotated[int, Field(ge=1)]
     model: Digest | None
+    control: Digest | None = None
     roll: SignedRoll | None = None
     heads: dict[SiteName, Digest] = {}
 
@@ -131,9 +134,11 @@ def task_digest(task: Buffer) -> str:
     return hashlib.sha256(task).hexdigest()
 
 
-def seal_task(header: TaskHeader, model: Arrays | None = None) -> bytes:
-    """Write a task."""
-    return pack(header, model)
+def seal_task(
+    header: TaskHeader, model: Arrays | None = None, control: Arrays | None = None
+) -> bytes:
+    """Write a task; `control` is the server's control variate, which scaffold alone has."""
+    return pack(header, {**(model or {}), **_prefixed(control or {})})
 
 
 def open_task(data: Buffer, plan: StudyPlan) -> tuple[TaskHeader, dict[str, NDArray[Any]]]:
@@ -143,18 +148,46 @@ def open_task(data: Buffer, plan: StudyPlan) -> tuple[TaskHeader, dict[str, NDAr
         TrustError: oversized or malformed, of another study or plan, of a round or attempt that the
             plan does not have, or the model is not the one that the header names.
     """
-    limit = message_limit(plan.built.tensors)
+    header, arrays = _open_task(data, plan)
+    model = {name: array for name, array in arrays.items() if not name.startswith(CONTROL)}
+    return header, model
+
+
+def control_of(data: Buffer, plan: StudyPlan) -> dict[str, NDArray[Any]]:
+    """The server's control variate in a task that `open_task` has opened; empty without one."""
+    _, arrays = _open_task(data, plan)
+    return _unprefixed(arrays)
+
+
+def _open_task(data: Buffer, plan: StudyPlan) -> tuple[TaskHeader, dict[str, NDArray[Any]]]:
+    """The header and all tensors, checked against their digests."""
+    limit = task_limit(plan)
     header = peek(data, TaskHeader, max_bytes=limit)
     if (header.study, header.plan) != (plan.study, plan.digest):
         raise TrustError("the task belongs to another study or to a plan that is not approved here")
     require_place(header, plan)
     if header.roll is not None and header.stage != "enlist":
         raise TrustError("the task brings a list of sites, which only enlisting does")
-    schema = plan.built.tensors if header.stage != "enlist" else ()
-    header, model = unpack(data, TaskHeader, max_bytes=limit, schema=schema)
+    schema = task_schema(plan, header.stage)
+    header, arrays = unpack(data, TaskHeader, max_bytes=limit, schema=schema)
+    control = _unprefixed(arrays)
+    model = {name: array for name, array in arrays.items() if not name.startswith(CONTROL)}
     if schema and digest_of(model) != header.model:
         raise TrustError("the task's model is not the one that its header names")
-    return header, model
+    if (digest_of(control) if control else None) != header.control:
+        raise TrustError("the task's control variate is not the one that its header names")
+    return header, arrays
+
+
+def _prefixed(control: Arrays) -> dict[str, Any]:
+    """A control variate under names that no model has."""
+    return {CONTROL + name: array for name, array in control.items()}
+
+
+def _unprefixed(arrays: Arrays) -> dict[str, Any]:
+    """The control variate among a task's tensors."""
+    found = (name for name in arrays if name.startswith(CONTROL))
+    return {name.removeprefix(CONTROL): arrays[name] for name in found}
 
 
 def require_place(header: TaskHeader, plan: StudyPlan) -> None:
@@ -231,10 +264,10 @@ def open_answer(
         AnswerError: with code `malformed` (a number that the plan withholds makes an answer so,
             too), `stale`, `site`, `stage` or `not_finite`, or with the site's own where it refused.
     """
-    limit = message_limit(plan.built.tensors if stage == "train" else ())
+    limit = answer_limit(plan, stage)
     try:
         kind = peek(data, AnswerHeader, max_bytes=limit).body.kind
-        schema = plan.built.tensors if kind == "train" else ()
+        schema = answer_schema(plan, kind)
         header, delta = unpack(data, AnswerHeader, max_bytes=limit, schema=schema)
     except TrustError as error:
         raise AnswerError("malformed", str(error)) from None
@@ -312,6 +345,32 @@ def _not_let_out(body: Body, plan: StudyPlan) -> str | None:
     return None
 
 
-def message_limit(schema: tuple[TensorSpec, ...]) -> int:
+def task_schema(plan: StudyPlan, stage: StageName) -> tuple[TensorSpec, ...]:
+    """The tensors that a task of a stage carries."""
+    if stage == "enlist":
+        return ()
+    built = plan.built
+    if stage != "train" or plan.aggregation.strategy != "scaffold":
+        return built.tensors
+    control = (s.model_copy(update={"name": CONTROL + s.name}) for s in built.updated)
+    return (*built.tensors, *control)
+
+
+def answer_schema(plan: StudyPlan, kind: str) -> tuple[TensorSpec, ...]:
+    """The tensors that an answer with a body of this kind carries."""
+    return plan.built.updated if kind == "train" else ()
+
+
+def task_limit(plan: StudyPlan) -> int:
+    """The largest task of a plan in bytes."""
+    return _limit_of(task_schema(plan, "train"))
+
+
+def answer_limit(plan: StudyPlan, stage: StageName) -> int:
+    """The largest answer to a task of a stage in bytes."""
+    return _limit_of(answer_schema(plan, stage))
+
+
+def _limit_of(schema: tuple[TensorSpec, ...]) -> int:
     """The largest message in bytes that carries these tensors."""
     return HEADER_ROOM + sum(spec.nbytes + TENSOR_ROOM for spec in schema)

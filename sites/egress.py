@@ -32,8 +32,9 @@ from fedseg.updates import (
     Received,
     Refused,
     Trained,
+    answer_limit,
+    answer_schema,
     head_bytes_of,
-    message_limit,
 )
 
 About = Literal["protocol", "counts", "losses", "metrics"]
@@ -156,10 +157,10 @@ def outgoing(plain: bytes, plan: StudyPlan, suppress_below: int | None = None) -
             after training or any after something else, or is a private plan's and not of the
             length that all its answers of this kind have.
     """
-    limit = message_limit(plan.built.tensors)
+    limit = answer_limit(plan, "train")
     try:
         kind = peek(plain, AnswerHeader, max_bytes=limit).body.kind
-        schema = plan.built.tensors if kind == "train" else ()
+        schema = answer_schema(plan, kind)
         header, delta = unpack(plain, AnswerHeader, max_bytes=limit, schema=schema)
     except TrustError as error:
         raise PrivacyError(f"an answer is none that may leave: {error}") from None

@@ -28,7 +28,7 @@ from fedseg.logs import without_its_text
 from fedseg.security.envelope import EnvelopeHeader, envelope_limit
 from fedseg.security.identity import SiteIdentity
 from fedseg.security.keys import ReceivingKey, SigningKey, VerifyKey
-from fedseg.updates import RefusalCode, TaskHeader, message_limit, require_place
+from fedseg.updates import RefusalCode, TaskHeader, require_place, task_limit
 from sites.admission import Admission
 from sites.answers import Answers, Slot
 from sites.chronicle import Chronicle
@@ -101,7 +101,7 @@ class Gate:
         self._folder, self._study, self._chronicle, self._now = folder, study, chronicle, now
         bundle = pinned_bundle(folder, study)
         key, plan = VerifyKey.from_text(bundle.study_key), bundle.plan
-        self._plan, self.clock, self._limit = plan, clock or Clock(), message_limit(plan.built.tensors)
+        self._plan, self.clock, self._limit = plan, clock or Clock(), task_limit(plan)
         self._due: dict[str, float] = {}
         self._answers = Answers(folder.answers(study))
         self._admission = Admission(

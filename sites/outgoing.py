@@ -69,12 +69,21 @@ def _updates(plan: StudyPlan) -> str:
         if withheld(plan, name)
     ]
     line = (
-        f"{times_said(rounds)}, once a round: an update, which is the change of every number of "
-        f"the model{_noised(plan)}, {size(plan.built.nbytes)}; with it {listed(besides)}."
+        f"{times_said(rounds)}, once a round: an update, which is the change of {_changed(plan)}"
+        f"{_noised(plan)}, {size(plan.built.update_nbytes)}; with it {listed(besides)}."
     )
     if kept:
         line += f" Not told: {listed(kept)}."
     return f"{line} {_again(plan)}"
+
+
+def _changed(plan: StudyPlan) -> str:
+    """The numbers that an update holds."""
+    if plan.built.personal:
+        return "every number of the model but those that stay here"
+    if plan.built.frozen:
+        return "every number of the model that is trained"
+    return "every number of the model"
 
 
 def _noised(plan: StudyPlan) -> str:
@@ -163,12 +172,13 @@ def _form(plan: StudyPlan) -> tuple[str, ...]:
 
 def _in_all(plan: StudyPlan) -> str:
     """How much moves."""
-    update, stages = plan.built.nbytes, [stage for _, stage in schedule(plan)]
+    model, update = plan.built.nbytes, plan.built.update_nbytes
+    stages = [stage for _, stage in schedule(plan)]
     rounds, measured = stages.count("train"), stages.count("evaluate")
     most = f" (at most {size(rounds * plan.aggregation.attempts * update)})"
     return (
         f"In all about {size(rounds * update)} leave{most} and about "
-        f"{size((rounds + measured + 1) * update)} come in."
+        f"{size((rounds + measured + 1) * model)} come in."
     )
 
 

@@ -29,7 +29,7 @@ from fedseg.imaging.cases import Cohort
 from fedseg.plan import StudyPlan
 from fedseg.privacy.ledger import Ledger, Limits
 from fedseg.privacy.schedule import mechanism_of
-from fedseg.updates import Body, TaskHeader, message_limit
+from fedseg.updates import Body, TaskHeader, answer_limit
 from sites.answers import PLAIN_ROUNDS_KEPT
 
 _SUFFIX = ".answer"
@@ -157,7 +157,7 @@ class Account:
 
     def _opened(self, data: bytes, task: str) -> tuple[Body, dict[str, NDArray[Any]] | None]:
         """What a stored answer says."""
-        limit = message_limit(self._plan.built.tensors)
+        limit = answer_limit(self._plan, "train")
         stored, delta = unpack(data, _Stored, max_bytes=limit, schema=None)
         if stored.reservation != task:
             raise TrustError("a stored answer belongs to another task")

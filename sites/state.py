@@ -1,23 +1,22 @@
-"""What a site remembers from round to round: its optimiser's state, one file a round.
+"""What a site remembers from round to round, one file a round; it never leaves.
 
-Round r begins with the newest state before r, so that a round which is asked again starts where it
-started the first time. The last few states are kept; the coordinator is never further behind than
-the round that is open.
+Round r begins with the newest memory before r, so that a round which is asked again starts where it
+started the first time. The last few are kept; the coordinator is never further behind than the
+round that is open.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from numpy.typing import NDArray
-
-from fedseg.arrays import Arrays
 from fedseg.container import packed, unpack
 from fedseg.durable import write_atomically
 from fedseg.errors import RoundError, TrustError
 from fedseg.frozen import Frozen
+from fedseg.learning.strategies import Memory
 from fedseg.plan import StudyPlan
 
 KEPT = 3
@@ -26,45 +25,53 @@ KEPT = 3
 class _StateHeader(Frozen):
     """Which study and round a state belongs to."""
 
-    format: Literal["fedseg-site-state/1"] = "fedseg-site-state/1"
+    format: Literal["fedseg-site-state/2"] = "fedseg-site-state/2"
     plan: str
     round: int
 
 
-class OptimiserStates:
-    """The stored states of one study at one site; empty where the plan resets the optimiser."""
+class Memories:
+    """The memories of one study at one site; empty where plan and strategy need none."""
 
     def __init__(self, folder: Path, plan: StudyPlan) -> None:
         self._folder, self._plan = folder, plan
-        self._limit = 16 * 1024 * 1024 + 4 * plan.built.nbytes
+        self._limit = 16 * 1024 * 1024 + 8 * plan.built.nbytes
 
-    def before(self, round_: int) -> dict[str, NDArray[Any]] | None:
-        """The newest state of an earlier round of this plan, or None.
+    def before(self, round_: int) -> Memory:
+        """The newest memory of an earlier round of this plan; an empty one where there is none.
 
         Raises:
             RoundError: the file is damaged, or of another plan.
         """
         earlier = [found for found in self._stored() if found < round_]
         if not earlier:
-            return None
+            return Memory()
         data = self._path(max(earlier)).read_bytes()
         try:
             header, arrays = unpack(data, _StateHeader, max_bytes=self._limit, schema=None)
         except TrustError as error:
-            raise RoundError(f"the stored state of the optimiser is damaged: {error}") from None
+            raise RoundError(f"what the site stored of a round is damaged: {error}") from None
         if header.plan != self._plan.digest:
             raise RoundError(
-                "the stored state of the optimiser is of another plan: give this study a folder of "
+                "what the site stored of a round is of another plan: give this study a folder of "
                 "its own"
             )
-        return arrays
+        parts: dict[str, dict[str, object]] = {part.name: {} for part in fields(Memory)}
+        for key, array in arrays.items():
+            part, _, name = key.partition("/")
+            if part not in parts:
+                raise RoundError(f"what the site stored of a round has an unknown part {part!r}")
+            parts[part][name] = array
+        return Memory(**parts)  # type: ignore[arg-type]
 
-    def store(self, round_: int, arrays: Arrays) -> None:
-        """Keep the state after a round; nothing is written where there is none.
+    def store(self, round_: int, memory: Memory) -> None:
+        """Keep the memory after a round; nothing is written where there is none.
 
         Raises:
             RoundError: the disk is full.
         """
+        parts = asdict(memory)
+        arrays = {f"{part}/{name}": a for part, some in parts.items() for name, a in some.items()}
         if not arrays:
             return
         header = _StateHeader(plan=self._plan.digest, round=round_)
@@ -73,11 +80,11 @@ class OptimiserStates:
             self._path(old).unlink(missing_ok=True)
 
     def _stored(self) -> list[int]:
-        """The rounds whose state is here."""
+        """The rounds whose memory is here."""
         names = [p.name for p in self._folder.glob("round-*.safetensors")]
         found = (re.fullmatch(r"round-(\d{6})\.safetensors", name) for name in names)
         return [int(match[1]) for match in found if match]
 
     def _path(self, round_: int) -> Path:
-        """Where a round's state lies."""
+        """Where a round's memory lies."""
         return self._folder / f"round-{round_:06d}.safetensors"

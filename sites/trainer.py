@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from fedseg.arrays import Arrays, digest_of
@@ -33,12 +32,19 @@ from fedseg.evaluation.evaluate import evaluate_cohort
 from fedseg.evaluation.private import measurable, noised_means
 from fedseg.imaging.cache import CaseCache
 from fedseg.imaging.cases import Cohort
-from fedseg.learning.local import RoundOutcome, train_round
+from fedseg.learning.local import RoundOutcome
 from fedseg.learning.private import prepare, train_round_privately
+from fedseg.learning.strategies import (
+    Memory,
+    begun_from,
+    train_by_strategy,
+    used_here,
+    what_changed,
+)
 from fedseg.logs import without_its_text
 from fedseg.modelfile import load_model, save_model
-from fedseg.models.parts import freeze
-from fedseg.models.zoo import build_network, load_tensors, state_tensors
+from fedseg.models.parts import freeze, require_division
+from fedseg.models.zoo import build_network, load_tensors
 from fedseg.plan import StudyPlan
 from fedseg.privacy.noise import Noise
 from fedseg.result import PatientScores
@@ -52,6 +58,7 @@ from fedseg.updates import (
     Refused,
     TaskHeader,
     Trained,
+    control_of,
     open_task,
     seal_answer,
     task_digest,
@@ -60,7 +67,7 @@ from sites.egress import means, permitted
 from sites.journal import Journal
 from sites.patients import PreparedPatients
 from sites.spending import Account
-from sites.state import OptimiserStates
+from sites.state import Memories
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +95,7 @@ class Trainer:
             plan: what the hospital approved; it has an initial model.
             cohort: the site's usable cases of all splits.
             cache: where prepared cases are kept.
-            folder: the site's own place for optimiser states and its journal.
+            folder: the site's own place for what it remembers of rounds, and its journal.
             models: where released models are kept, a file a study.
             left_out: cases that the check found unusable; only their number is told.
             device: of torch.
@@ -109,10 +116,11 @@ class Trainer:
             self._paid.require_registered(cohort)
         self._network = build_network(plan.model, plan.task).to(torch.device(device))
         freeze(self._network, plan.training.trainable)
+        require_division(self._network, plan)
         self._how = None if plan.private is None else prepare(self._network, plan)
         self._patients = PreparedPatients(cohort.split("train"), cache)
         self._cache = cache
-        self._states = OptimiserStates(folder / "state", plan)
+        self._memories = Memories(folder / "state", plan)
         self._journal = Journal(folder / "journal.jsonl")
         self._model_file = models / f"{plan.study}.safetensors"
         self._lock = threading.Lock()
@@ -148,7 +156,7 @@ class Trainer:
             return self._privately(header, model)
         if header.stage == "evaluate":
             return self._permitted(self._evaluate(header, model)), None
-        body, delta = self._train(header, model)
+        body, delta = self._train(header, model, control_of(task, self._plan))
         return self._permitted(body), delta
 
     def _privately(self, header: TaskHeader, model: Arrays) -> tuple[Body, Arrays | None]:
@@ -193,28 +201,28 @@ class Trainer:
             left_out=self._left_out,
         )
 
-    def _train(self, header: TaskHeader, model: Arrays) -> tuple[Trained, Arrays]:
-        """Train one round from the task's model; the delta and the next optimiser state."""
-        load_tensors(self._network, model)
-        state, spent = self._states.before(header.round), self._clock()
-        outcome = train_round(
+    def _train(self, header: TaskHeader, model: Arrays, control: Arrays) -> tuple[Trained, Arrays]:
+        """Train one round from the task's model, as the plan's strategy says."""
+        memory, spent = self._memories.before(header.round), self._clock()
+        outcome, delta, kept = train_by_strategy(
             self._network,
             self._patients,
             self._plan,
             round_=header.round,
             site=self._cohort.site,
-            optimiser_state=state,
-            anchor=model,
+            model=model,
+            control=control,
+            memory=memory,
         )
-        return self._trained(header, model, outcome, spent())
+        return self._trained(header, outcome, kept, spent()), delta
 
     def _train_privately(self, header: TaskHeader, model: Arrays) -> tuple[Body, Arrays | None]:
         """Train one private round; the answer is what leaves, whatever the round came to."""
-        load_tensors(self._network, model)
         assert self._how is not None  # a private plan's trainer has it
         self._paid.require_registered(self._cohort)  # once more: from the debit on it is frozen
         gone = self._paid.withdrawn(self._patients)
-        state, spent = self._states.before(header.round), self._clock()
+        memory, spent = self._memories.before(header.round), self._clock()
+        load_tensors(self._network, begun_from(model, memory))
         try:
             outcome = train_round_privately(
                 self._network,
@@ -224,28 +232,28 @@ class Trainer:
                 site=self._cohort.site,
                 noise=self._noise(self._purpose(header)),
                 how=self._how,
-                optimiser_state=state,
+                optimiser_state=memory.optimiser or None,
                 anchor=model,
             )
         except NotFiniteError as error:  # noise has seen to it: a second try is a second release
             refused = Refused(code=_code_of(error))
             self._note(refused, error)
             return self._permitted(refused), None
-        body, delta = self._trained(header, model, outcome, spent(), lost=outcome.lost)
+        delta, personal = what_changed(self._network, self._plan, model)
+        kept = Memory(optimiser=outcome.optimiser_state, personal=personal)
+        body = self._trained(header, outcome, kept, spent(), lost=outcome.lost)
         return self._permitted(body), delta
 
     def _trained(
-        self, header: TaskHeader, model: Arrays, outcome: RoundOutcome, cpu_s: float, **facts: int
-    ) -> tuple[Trained, Arrays]:
-        """What a round says, and its delta; the next optimiser state stays here."""
-        trained = state_tensors(self._network)
-        delta = {name: np.subtract(trained[name], model[name]) for name in model}
-        self._states.store(header.round, outcome.optimiser_state)
+        self, header: TaskHeader, outcome: RoundOutcome, kept: Memory, cpu_s: float, **facts: int
+    ) -> Trained:
+        """What a round says; what is to be remembered of it stays here."""
+        self._memories.store(header.round, kept)
         self._journal.write(
             "trained", round=header.round, steps=outcome.steps, cpu_s=round(cpu_s, 4), **facts
         )
         patients = len(self._patients)
-        return Trained(patients=patients, steps=outcome.steps, loss=outcome.loss), delta
+        return Trained(patients=patients, steps=outcome.steps, loss=outcome.loss)
 
     def _clock(self) -> Callable[[], float]:
         """CPU seconds of training from now on."""
@@ -258,8 +266,8 @@ class Trainer:
         return f"{self._cohort.site} {header.round} {header.stage}"
 
     def _evaluate(self, header: TaskHeader, model: Arrays) -> Evaluated:
-        """Mean metrics over the site's `val` patients."""
-        load_tensors(self._network, model)
+        """Mean metrics over the site's `val` patients, of the model as it is used here."""
+        load_tensors(self._network, used_here(model, self._memories.before(header.round + 1)))
         held_back = self._cohort.split("val")
         metrics = self._plan.evaluation.metrics
         patients = evaluate_cohort(self._network, held_back, self._cache, self._plan, metrics)
@@ -270,7 +278,7 @@ class Trainer:
     def _evaluate_privately(self, header: TaskHeader, model: Arrays) -> tuple[Body, None]:
         """Metrics over the `val` patients, with noise, over a number that the plan declares."""
         self._paid.require_registered(self._cohort)  # as above
-        patients = self._measured(model)
+        patients = self._measured(header, model)
         scores = noised_means(patients, self._plan, self._noise(self._purpose(header)))
         self._journal.write("evaluated", round=header.round, patients=len(patients))
         return self._permitted(Evaluated(patients=len(patients), scores=scores)), None
@@ -278,14 +286,14 @@ class Trainer:
     def _evaluate_quietly(self, header: TaskHeader, model: Arrays) -> Evaluated:
         """Metrics of a private plan that its guarantee does not cover, if they leave at all."""
         leave = self._plan.privacy.outputs.metrics != "none"
-        patients = self._measured(model) if leave else []
+        patients = self._measured(header, model) if leave else []
         scores = means(patients, self._plan, self._suppress_below)
         self._journal.write("evaluated", round=header.round, patients=len(patients))
         return Evaluated(patients=len(patients), scores=scores)
 
-    def _measured(self, model: Arrays) -> list[PatientScores]:
+    def _measured(self, header: TaskHeader, model: Arrays) -> list[PatientScores]:
         """The scores of the `val` patients who can be measured and have not withdrawn."""
-        load_tensors(self._network, model)
+        load_tensors(self._network, used_here(model, self._memories.before(header.round + 1)))
         held_back = self._cohort.split("val")
         gone = self._paid.withdrawn(held_back.patients)
         held_back = held_back.without(c.name for c in held_back.cases if c.patient in gone)
@@ -297,7 +305,18 @@ class Trainer:
         path, plan = self._model_file, self._plan
         self._refuse_another(path, header)
         seeded = plan.private is not None and not self._noise("release").private
-        save_model(path, plan, model, arm="federated", rounds=header.round, seeded=seeded)
+        memory = self._memories.before(header.round + 1)
+        released = header.model if memory.personal else None
+        arm = "personal" if memory.personal else "federated"
+        usable = begun_from(model, memory)
+        save_model(
+            path, plan, usable, arm=arm, rounds=header.round, seeded=seeded, released=released
+        )
+        if memory.own:
+            own = path.with_name(f"{plan.study}-own.safetensors")
+            save_model(
+                own, plan, memory.own, arm="personal", rounds=header.round, released=header.model
+            )
         self._journal.write("received", round=header.round, model=header.model)
         return Received(model=digest_of(model))
 
@@ -306,7 +325,8 @@ class Trainer:
         if not path.exists():
             return
         stored = load_model(path)[0]
-        if stored.plan_digest == header.plan and stored.model_digest != header.model:
+        received = stored.released or stored.model_digest
+        if stored.plan_digest == header.plan and received != header.model:
             raise TrustError(
                 "another final model of this study came than the one that is kept in "
                 f"models/{path.name}; move that file away if the consortium says that it was wrong"

@@ -55,7 +55,7 @@ def answers_of(
     assert state.position is not None
     stage = state.position.stage
     task = open_stage(state, plan)
-    total = MeanAccumulator(plan.built.tensors) if stage == "train" else None
+    total = MeanAccumulator(plan.built.updated) if stage == "train" else None
     answers = []
     for site in sites:
         data = reply(task, site, plan)

@@ -58,7 +58,7 @@ class Folding:
         self._plan, self._position, (self._task, self._digest) = plan, position, task
         self._roster, self._exchange, self._observe = roster, exchange, observe
         training = position.stage == "train"
-        self._total = MeanAccumulator(plan.built.tensors) if training else None
+        self._total = MeanAccumulator(plan.built.updated) if training else None
         self._answers: dict[str, SiteAnswer] = {}
         self._failures: dict[str, SiteFailure] = {}
 

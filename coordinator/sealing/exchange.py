@@ -22,7 +22,7 @@ from fedseg.plan import StudyPlan
 from fedseg.security.envelope import EnvelopeHeader, open_envelope, read_header, seal_envelope
 from fedseg.security.identity import COORDINATOR, Roll, SignedRoll, SiteIdentity
 from fedseg.security.keys import ReceivingKey, SealingKey, SigningKey, VerifyKey
-from fedseg.updates import AnswerError, message_limit, task_digest
+from fedseg.updates import AnswerError, answer_limit, task_digest
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,7 @@ class SealedExchange:
         mark = (about, roll.digest, key.public.text)
         if stored is None or (stored.about, stored.roll, stored.reply_to) != mark:
             self._write(position, task, about, roll, key)
-        tensors = self._plan.built.tensors if position.stage == "train" else ()
-        self._open = _Sealed(position, about, key, message_limit(tensors))
+        self._open = _Sealed(position, about, key, answer_limit(self._plan, position.stage))
         return self._outbox.task(position).read_bytes()
 
     def open(self, data: bytes) -> tuple[str, Buffer]:

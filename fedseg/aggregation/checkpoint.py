@@ -19,6 +19,7 @@ from fedseg.plan import StudyPlan
 from fedseg.result import StageRecord
 
 _HISTORY_BYTES = 96_000_000
+_REMEMBERED = ("momentum", "average", "second", "control")
 
 
 class _CheckpointHeader(Frozen):
@@ -39,7 +40,7 @@ def save_state(path: Path, plan: StudyPlan, state: StudyState) -> None:
         RoundError: the disk is full; the old state is untouched.
     """
     server = state.server
-    parts = {"model": server.model, "momentum": server.momentum, "average": server.average}
+    parts = {"model": server.model} | {part: getattr(server, part) for part in _REMEMBERED}
     arrays = {f"{part}/{k}": v for part, some in parts.items() for k, v in (some or {}).items()}
     header = _CheckpointHeader(
         plan=plan.digest,
@@ -76,14 +77,16 @@ def load_state(path: Path, plan: StudyPlan) -> StudyState:
     model = _part(arrays, "model")
     if model is None or digest_of(arrays) != header.tensors:
         raise TrustError("the checkpoint is damaged: its tensors are not the ones that were stored")
-    server = ServerState(model, _part(arrays, "momentum"), _part(arrays, "average"), header.steps)
+    remembered = {part: _part(arrays, part) for part in _REMEMBERED}
+    server = ServerState(model, steps=header.steps, **remembered)
     return StudyState(header.position, server, header.history)
 
 
 def _limit(plan: StudyPlan) -> int:
-    """The largest checkpoint: the model, and twice its elements as float64."""
-    tensors = plan.built.tensors
-    return _HISTORY_BYTES + 1024 + sum(spec.nbytes + 16 * prod(spec.shape) for spec in tensors)
+    """The largest checkpoint: the model, and all that a server remembers of it as float64."""
+    width = 8 * len(_REMEMBERED)
+    sizes = (spec.nbytes + width * prod(spec.shape) for spec in plan.built.tensors)
+    return _HISTORY_BYTES + 1024 + sum(sizes)
 
 
 def _part(arrays: dict[str, NDArray[Any]], part: str) -> Model | None:

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
-from fedseg.aggregation.accumulate import MAX_WEIGHT, MeanAccumulator
-from fedseg.aggregation.server import Model, ServerState, apply_update
-from fedseg.arrays import digest_of
+import numpy as np
+
+from fedseg.aggregation.accumulate import MAX_WEIGHT
+from fedseg.aggregation.server import Model, Presence, ServerState, apply_update
+from fedseg.arrays import Arrays, digest_of
 from fedseg.errors import PlanError, RoundError
 from fedseg.frozen import Frozen
 from fedseg.plan import StudyPlan
+from fedseg.rates import summed_rate
 from fedseg.result import SiteAnswer, SiteFailure, StageRecord
 from fedseg.security.identity import SignedRoll
 from fedseg.updates import AnswerError, StageName, TaskHeader, Trained, seal_task
@@ -46,6 +50,17 @@ class StudyState:
     history: tuple[StageRecord, ...] = ()
 
 
+class Combined(Protocol):
+    """The updates of a round as the plan's rule combines them, whatever order they came in."""
+
+    @property
+    def weight(self) -> int:
+        """Of all the updates together."""
+
+    def mean(self) -> Arrays:
+        """The one update that they come to, float64, by name."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What one stage brought, once it is closed to further answers."""
@@ -53,7 +68,7 @@ class Outcome:
     bytes_down: int
     answers: tuple[SiteAnswer, ...]
     failures: tuple[SiteFailure, ...]
-    total: MeanAccumulator | None = None
+    total: Combined | None = None
 
 
 def schedule(plan: StudyPlan) -> Iterator[tuple[int, StageName]]:
@@ -92,7 +107,7 @@ def open_stage(state: StudyState, plan: StudyPlan, roll: SignedRoll | None = Non
     if position.stage == "enlist":
         return _task(plan, position, None, roll, heads)
     if position.stage == "train":
-        return _task(plan, position, state.server.model, None, heads)
+        return _task(plan, position, state.server.model, None, heads, _control(state, plan))
     return _task(plan, position, state.server.released(plan.aggregation), None, heads)
 
 
@@ -149,7 +164,8 @@ def close_stage(state: StudyState, plan: StudyPlan, outcome: Outcome) -> StudySt
     server = state.server
     if position.stage == "train":
         assert outcome.total is not None
-        server = apply_update(server, outcome.total.mean(), plan.aggregation)
+        presence = _presence(position, plan, state.history, outcome.total.weight)
+        server = apply_update(server, outcome.total.mean(), plan.aggregation, presence)
     return StudyState(_after(position, plan), server, history)
 
 
@@ -197,6 +213,32 @@ def weight_of(body: Trained, plan: StudyPlan) -> int:
     return body.patients
 
 
+def _presence(
+    position: Position, plan: StudyPlan, history: Sequence[StageRecord], weight: int
+) -> Presence | None:
+    """How much of the federation answered, where the plan's rule asks for it."""
+    if plan.aggregation.strategy != "scaffold":
+        return None
+    enlisted = [record for record in history if record.stage == "enlist"]
+    answers = enlisted[-1].answers if enlisted else ()
+    uniform = plan.aggregation.weighting == "uniform"
+    everyone = sum(1 if uniform else answer.patients or 0 for answer in answers)
+    share = weight / max(weight, everyone)
+    return Presence(share, summed_rate(plan, position.round))
+
+
+def _control(state: StudyState, plan: StudyPlan) -> Model | None:
+    """The server's control variate as it travels, in the model's dtypes; zeros at the start."""
+    if plan.aggregation.strategy != "scaffold":
+        return None
+    model, kept = state.server.model, state.server.control
+    names = (spec.name for spec in plan.built.updated)
+    return {
+        name: np.zeros_like(model[name]) if kept is None else kept[name].astype(model[name].dtype)
+        for name in names
+    }
+
+
 def _require_weights_that_fit(plan: StudyPlan, outcome: Outcome) -> None:
     """Refuse a study whose weights could not be summed exactly, before the first round."""
     patients = sum(answer.patients or 0 for answer in outcome.answers)
@@ -213,6 +255,7 @@ def _task(
     model: Model | None,
     roll: SignedRoll | None,
     heads: dict[str, str],
+    control: Model | None = None,
 ) -> bytes:
     """The task of one position."""
     header = TaskHeader(
@@ -222,10 +265,11 @@ def _task(
         stage=position.stage,
         attempt=position.attempt,
         model=None if model is None else digest_of(model),
+        control=None if control is None else digest_of(control),
         roll=roll,
         heads=heads,
     )
-    return seal_task(header, model)
+    return seal_task(header, model, control)
 
 
 def _open_position(state: StudyState) -> Position:

@@ -47,7 +47,7 @@ def new(
 @app.command(epilog="Example:  fedseg plan check study.yaml")
 def check(path: PlanPath) -> None:
     """Check every field, how fields fit, and that the noise keeps the guarantee; else exit 1."""
-    plan = load_plan(path)
+    plan = planfile.load_written(path)
     if plan.private and plan.calibrated:
         from fedseg.privacy.promised import require_kept
 

@@ -22,7 +22,6 @@ from fedseg.learning.augment import augment, margin_of
 from fedseg.learning.losses import dice_ce_per_patient
 from fedseg.learning.optimiser import (
     build_optimiser,
-    learning_rate,
     optimiser_arrays,
     restore_optimiser,
     trained,
@@ -30,6 +29,7 @@ from fedseg.learning.optimiser import (
 from fedseg.learning.repeatable import repeatable
 from fedseg.learning.sampling import PatchSampler, Patients, draw_patients, window
 from fedseg.plan import StudyPlan
+from fedseg.rates import learning_rate
 
 Batch = tuple[Tensor, Tensor]
 
@@ -63,6 +63,7 @@ def train_round(
     site: str,
     optimiser_state: Arrays | None = None,
     anchor: Arrays | None = None,
+    shift: Arrays | None = None,
 ) -> RoundOutcome:
     """Train a network in place for `plan.training.steps_per_round` steps, on its own device.
 
@@ -74,6 +75,7 @@ def train_round(
         site: its name, for the seeds.
         optimiser_state: of the last round at this site; None begins anew.
         anchor: the round's model as arrays, for fedprox (Li et al., MLSys 2020).
+        shift: added to every gradient by name, for scaffold (Karimireddy et al., ICML 2020).
 
     Raises:
         DataError: no patient, a patient without cases, or a case without labels.
@@ -87,7 +89,7 @@ def train_round(
     optimiser = build_optimiser(network, settings.optimiser)
     if optimiser_state:
         restore_optimiser(network, optimiser, optimiser_state)
-    step_of = _Stepper(network, optimiser, plan, anchor if _proximal(plan) else None)
+    step_of = _Stepper(network, optimiser, plan, anchor if _proximal(plan) else None, shift)
     losses = []
     network.train()
     with repeatable(settings.threads, seed_for(settings.seed, site, round_, "network"), device):
@@ -111,6 +113,7 @@ class _Stepper:
         optimiser: torch.optim.Optimizer,
         plan: StudyPlan,
         anchor: Arrays | None,
+        shift: Arrays | None,
     ) -> None:
         self._network = network
         self._optimiser = optimiser
@@ -123,11 +126,14 @@ class _Stepper:
             self._type = torch.bfloat16
         scale = self._mixed and self._type == torch.float16
         self._scaler = torch.amp.GradScaler(device.type, enabled=scale)
-        self._anchor = {
-            name: torch.tensor(array, device=device)
-            for name, array in (anchor or {}).items()
-            if name in self._parameters
-        }
+        self._anchor, self._shift = (
+            {
+                name: torch.tensor(array, device=device)
+                for name, array in (arrays or {}).items()
+                if name in self._parameters
+            }
+            for arrays in (anchor, shift)
+        )
 
     def __call__(self, batch: Batch, rate: float) -> float:
         """Take one step; returns the mean loss, or NaN where loss or gradient is not finite."""
@@ -141,6 +147,7 @@ class _Stepper:
         self._pull_to_anchor()
         limit = self._plan.training.gradient_clip_norm or float("inf")
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), limit)
+        self._shift_gradients()
         if not (torch.isfinite(loss) and (torch.isfinite(norm) or self._scaler.is_enabled())):
             return float("nan")
         for group in self._optimiser.param_groups:
@@ -160,6 +167,13 @@ class _Stepper:
             if parameter.grad is not None:
                 pull = parameter.detach() - anchor
                 parameter.grad.add_(pull, alpha=self._plan.aggregation.proximal_mu)
+
+    def _shift_gradients(self) -> None:
+        """Correct each gradient by what the site's usually lacks of all sites' (SCAFFOLD)."""
+        for name, shift in self._shift.items():
+            gradient = self._parameters[name].grad
+            if gradient is not None:
+                gradient.add_(shift)
 
 
 def _batches(

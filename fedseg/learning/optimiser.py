@@ -1,11 +1,9 @@
-"""A site's optimiser: its learning rate over the study, and its state as named arrays.
+"""A site's optimiser, and its state as named arrays.
 
 State is kept at the site, never sent. Restored, it continues bit for bit as if it had not stopped.
 """
 
 from __future__ import annotations
-
-from math import cos, pi
 
 import numpy as np
 import torch
@@ -14,7 +12,7 @@ from torch import nn
 
 from fedseg.arrays import Arrays
 from fedseg.errors import RoundError
-from fedseg.plan import Optimiser, StudyPlan
+from fedseg.plan import Optimiser
 
 
 def build_optimiser(network: nn.Module, settings: Optimiser) -> torch.optim.Optimizer:
@@ -34,25 +32,6 @@ def build_optimiser(network: nn.Module, settings: Optimiser) -> torch.optim.Opti
 def trained(network: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that take gradients, by name."""
     return {name: p for name, p in network.named_parameters() if p.requires_grad}
-
-
-def learning_rate(plan: StudyPlan, round_: int, step: int) -> float:
-    """Learning rate of one step: linear warm-up over the first rounds, then the plan's schedule.
-
-    Args:
-        plan: its schedule runs over all `aggregation.rounds`.
-        round_: from 1.
-        step: of this round, from 0.
-    """
-    schedule, steps = plan.training.schedule, plan.training.steps_per_round
-    position = round_ - 1 + step / steps
-    share = 1.0
-    if position < schedule.warmup_rounds:
-        share = min(1.0, (position + 1 / steps) / schedule.warmup_rounds)
-    elif schedule.name == "cosine":
-        left = plan.aggregation.rounds - schedule.warmup_rounds
-        share = 0.5 * (1 + cos(pi * min(1.0, (position - schedule.warmup_rounds) / left)))
-    return plan.training.optimiser.learning_rate * share
 
 
 def optimiser_arrays(

@@ -27,7 +27,6 @@ from fedseg.learning.local import RoundOutcome, require_fitting_state
 from fedseg.learning.losses import dice_ce_per_patient
 from fedseg.learning.optimiser import (
     build_optimiser,
-    learning_rate,
     optimiser_arrays,
     restore_optimiser,
     trained,
@@ -41,6 +40,7 @@ from fedseg.learning.sampling import PatchSampler, Patients, window
 from fedseg.plan import StudyPlan
 from fedseg.privacy.noise import Noise
 from fedseg.promise import LocalPrivacy
+from fedseg.rates import learning_rate
 
 MEMORY_BYTES = 2 * 1024**3
 

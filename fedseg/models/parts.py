@@ -14,7 +14,7 @@ from torch import nn
 
 from fedseg.errors import PlanError
 from fedseg.models.adapters import Adapted
-from fedseg.plan import Trainable
+from fedseg.plan import StudyPlan, Trainable
 
 NORMS = (
     nn.modules.instancenorm._InstanceNorm,
@@ -53,6 +53,43 @@ def freeze(network: nn.Module, trainable: Trainable) -> tuple[str, ...]:
     for name, parameter in own.items():
         parameter.requires_grad_(name in names)
     return names
+
+
+def divide(network: nn.Module, plan: StudyPlan) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What of a network each site keeps to itself, and what nobody trains: neither travels.
+
+    Args:
+        network: after `freeze`.
+        plan: its strategy says which part is personal.
+
+    Returns:
+        The names of both in alphabetical order, as `InitialModel` records them.
+
+    Raises:
+        PlanError: the network has no such part.
+    """
+    part = plan.aggregation.personal
+    own = set() if part is None else _wanted(network, part) or set()
+    parameters = dict(network.named_parameters())
+    personal = (n for n, p in parameters.items() if p.requires_grad and id(p) in own)
+    frozen = (n for n, p in parameters.items() if not p.requires_grad)
+    return tuple(sorted(personal)), tuple(sorted(frozen))
+
+
+def require_division(network: nn.Module, plan: StudyPlan) -> None:
+    """Check that a built plan divides the network as this installation does.
+
+    Args:
+        network: after `freeze`.
+
+    Raises:
+        PlanError: it does not: what it shares is not what would be trained here.
+    """
+    if divide(network, plan) != (plan.built.personal, plan.built.frozen):
+        raise PlanError(
+            "the plan names other tensors as personal or frozen than this network has here: build "
+            "the plan again, or install the version of the network that it was built with"
+        )
 
 
 def _wanted(network: nn.Module, trainable: Trainable) -> set[int] | None:

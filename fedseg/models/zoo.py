@@ -21,7 +21,7 @@ from torch import nn
 from fedseg.arrays import Arrays, digest_of, schema_of, seed_for
 from fedseg.errors import PlanError, TrustError
 from fedseg.models.adapters import adapt, base_names, merged
-from fedseg.models.parts import head_of
+from fedseg.models.parts import divide, freeze, head_of
 from fedseg.models.unet import build_unet
 from fedseg.plan import InitialModel, Model, StudyPlan, Task, UNetOptions
 
@@ -94,7 +94,12 @@ def initial_model(plan: StudyPlan) -> tuple[InitialModel, dict[str, NDArray[np.g
         _check_types(network)
         _check_shape(network, plan.task)
     arrays = state_tensors(network)
-    return InitialModel(digest=digest_of(arrays), tensors=schema_of(arrays)), arrays
+    freeze(network, plan.training.trainable)
+    personal, frozen = divide(network, plan)
+    record = InitialModel(
+        digest=digest_of(arrays), tensors=schema_of(arrays), personal=personal, frozen=frozen
+    )
+    return record, arrays
 
 
 def require_start(plan: StudyPlan) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from fedseg.imaging.cases import Cohort
 from fedseg.promise import NoPrivacy
 from fedseg.simulation.federation import Federation
+from fedseg.strategy import Mean
 
 Baseline = Literal["pooled", "local"]
 
@@ -55,7 +56,9 @@ def alone(whole: Federation, cohort: Cohort, folder: Path, steps_per_round: int)
     aggregation = plan.aggregation.model_copy(
         update={
             "strategy": "fedavg",
+            "combine": Mean(),
             "proximal_mu": 0.0,
+            "ditto_lambda": 0.0,
             "minimum_sites": 1,
             "server_learning_rate": 1.0,
             "server_momentum": 0.0,
@@ -63,6 +66,7 @@ def alone(whole: Federation, cohort: Cohort, folder: Path, steps_per_round: int)
     )
     evaluation = plan.evaluation.model_copy(update={"every_rounds": plan.aggregation.rounds})
     changed: dict[str, Any] = {
+        "initial": plan.built.model_copy(update={"personal": ()}),
         "training": training,
         "aggregation": aggregation,
         "evaluation": evaluation,

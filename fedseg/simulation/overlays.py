@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -16,18 +16,23 @@ from fedseg.result import StudyResult
 
 def overlays_of(
     result: StudyResult,
-    network: nn.Module,
+    network_at: Callable[[str], nn.Module],
     cohorts: Sequence[Cohort],
     cache: CaseCache,
     split: Split,
 ) -> list[Overlay]:
-    """Image, truth and prediction of the patients to show; a patient's first case by name."""
+    """Image, truth and prediction of the patients to show; a patient's first case by name.
+
+    Args:
+        network_at: the network of a hospital, by its name.
+    """
     federated = result.arm("federated")
     assert federated is not None
     found = []
     for cohort in cohorts:
         scores = federated.of_site(cohort.site)
         cases = dict(labelled(cohort.split(split)).by_patient())
+        network = network_at(cohort.site)
         for rank, patient in choose_patients(scores).items():
             case = cache.load(cases[patient][0], cohort.label_map)
             mask = predict_mask(network, case, result.plan.task, result.plan.evaluation.overlap)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from numpy.typing import NDArray
+from torch import nn
 
 from fedseg.aggregation.rounds import StudyState
 from fedseg.arrays import Arrays
@@ -13,15 +14,24 @@ from fedseg.errors import DataError
 from fedseg.evaluation.evaluate import evaluate_cohort, labelled
 from fedseg.imaging.cache import CaseCache
 from fedseg.imaging.cases import Cohort, Split
+from fedseg.learning.strategies import used_here
 from fedseg.models.zoo import build_network, load_tensors
 from fedseg.plan import StudyPlan
 from fedseg.result import PatientScores
-from fedseg.simulation.federation import Federation
+from fedseg.simulation.federation import Federation, site_folder
+from sites.state import Memories
 
 
 def released(state: StudyState, plan: StudyPlan) -> dict[str, NDArray[Any]]:
     """The model that a finished study releases."""
     return state.server.released(plan.aggregation)
+
+
+def used_at(federation: Federation, site: str, model: Arrays) -> dict[str, NDArray[Any]]:
+    """A finished study's model as one of its hospitals uses it: with what is its own there."""
+    folder = site_folder(federation.folder, site) / "state"
+    rounds = federation.plan.aggregation.rounds
+    return used_here(model, Memories(folder, federation.plan).before(rounds + 1))
 
 
 def split_to_measure(cohorts: Sequence[Cohort]) -> Split:
@@ -61,12 +71,17 @@ class Scorer:
         self.network = build_network(federation.plan.model, federation.plan.task)
         self.network.to(federation.device)
 
+    def holding(self, model: Arrays) -> nn.Module:
+        """The network with a model in it."""
+        load_tensors(self.network, model)
+        return self.network
+
     def __call__(self, model: Arrays, site: str) -> list[PatientScores]:
         """Per-patient metrics of one model at one hospital."""
         plan = self.federation.plan
-        load_tensors(self.network, model)
+        network = self.holding(model)
         cohort = next(c for c in self.federation.cohorts if c.site == site)
         held_back = labelled(cohort.split(self.split))
         return evaluate_cohort(
-            self.network, held_back, self.cache, plan, plan.evaluation.metrics, native=True
+            network, held_back, self.cache, plan, plan.evaluation.metrics, native=True
         )

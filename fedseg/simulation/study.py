@@ -32,7 +32,7 @@ from fedseg.imaging.fingerprint import fingerprint
 from fedseg.imaging.manifests import read_manifest
 from fedseg.modelfile import save_model
 from fedseg.models.devices import require_device
-from fedseg.models.zoo import initial_model, load_tensors, require_start
+from fedseg.models.zoo import initial_model, require_start
 from fedseg.plan import StudyPlan
 from fedseg.result import (
     Arm,
@@ -54,7 +54,13 @@ from fedseg.simulation.federation import (
 from fedseg.simulation.folder import pin, refuse_occupied
 from fedseg.simulation.overlays import overlays_of
 from fedseg.simulation.rehearsal import Fault
-from fedseg.simulation.scoring import Scorer, released, require_measurable, split_to_measure
+from fedseg.simulation.scoring import (
+    Scorer,
+    released,
+    require_measurable,
+    split_to_measure,
+    used_at,
+)
 
 _VERSIONS = ("fedseg", "flwr", "torch", "monai", "numpy")
 
@@ -301,6 +307,8 @@ def _arm(name: ArmName, trained: Mapping[str, Finished], scorer: Scorer) -> Arm:
     for cohort in scorer.federation.cohorts:
         finished = trained[f"local:{cohort.site}" if name == "local" else name]
         model = released(finished.state, plan)
+        if name == "federated":
+            model = used_at(scorer.federation, cohort.site, model)
         models[cohort.site] = digest_of(model)
         scores += scorer(model, cohort.site)
     for key, finished in trained.items():
@@ -359,8 +367,14 @@ def _write(
         seeded = whole.noise_seed is not None and finished.plan.private is not None
         path = out / f"{name}.safetensors"
         save_model(path, finished.plan, model, arm=key, rounds=rounds, seeded=seeded)
-    load_tensors(scorer.network, released(trained["federated"].state, result.plan))
-    overlays = overlays_of(result, scorer.network, whole.cohorts, scorer.cache, scorer.split)
+    final = released(trained["federated"].state, result.plan)
+    overlays = overlays_of(
+        result,
+        lambda site: scorer.holding(used_at(whole, site, final)),
+        whole.cohorts,
+        scorer.cache,
+        scorer.split,
+    )
     write_curves(result, out)
     write_report(result, overlays, out / "report.html")
     write_atomically(out / "result.json", result.to_json().encode())

@@ -22,8 +22,9 @@ from fedseg.updates import (
     Refused,
     StageName,
     Trained,
-    message_limit,
+    answer_limit,
     open_answer,
+    task_limit,
 )
 
 PLAN = built_plan()
@@ -123,10 +124,10 @@ def test_tensors_where_none_belong_are_malformed(stage: Any) -> None:
 
 
 def test_an_oversized_answer_is_not_parsed() -> None:
-    limit = message_limit(PLAN.built.tensors)
+    limit = task_limit(PLAN)
     assert "at most" in str(refusal_of(bytes(limit + 1)))
     assert "at most" in str(refusal_of(GOOD + bytes(limit)))
-    assert "at most" in str(refusal_of(bytes(message_limit(()) + 1), "evaluate"))
+    assert "at most" in str(refusal_of(bytes(answer_limit(PLAN, "evaluate") + 1), "evaluate"))
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from small_parties import Party
 
 from fedseg.errors import StorageError
 from fedseg.security.keys import ReceivingKey, SealingKey, SigningKey
-from fedseg.updates import message_limit
+from fedseg.updates import task_limit
 from sites.admission import StrangerError
 from sites.answers import Answers
 from sites.chronicle import SINGLY
@@ -81,7 +81,7 @@ STRANGERS: dict[str, Callable[[Hospital], bytes]] = {
     "longer": lambda site: site.task() + b"x",
     "a changed byte": lambda site: site.task()[:-40] + b"\0" + site.task()[-39:],
     "larger than any task": lambda site: site.task(
-        plain=bytes(message_limit(site.consortium.plan.built.tensors) + 1)
+        plain=bytes(task_limit(site.consortium.plan) + 1)
     ),
 }
 

@@ -27,12 +27,12 @@ from fedseg.security.keys import SigningKey
 from fedseg.updates import (
     AnswerHeader,
     TaskHeader,
-    message_limit,
     open_answer,
     open_task,
     peek,
     seal_task,
     task_digest,
+    task_limit,
 )
 from sites.journal import Journal
 from sites.trainer import Trainer
@@ -93,7 +93,7 @@ ATTACKS: dict[str, Callable[[], bytes]] = {
     "garbage": lambda: b"\xff" * 1000,
     "a claimed exabyte": lambda: struct.pack("<Q", 2**60) + b"{}",
     "deep nesting": lambda: struct.pack("<Q", 10**5) + b"[" * 10**5,
-    "oversized": lambda: GOOD + bytes(message_limit(PLAN.built.tensors)),
+    "oversized": lambda: GOOD + bytes(task_limit(PLAN)),
     "cut short": lambda: GOOD[:-1],
     "longer": lambda: GOOD + b"x",
     "another plan": lambda: seal_task(header(plan="0" * 64), MODEL),

@@ -128,7 +128,7 @@ def test_below_the_minimum_the_study_stops_and_can_go_on_as_if_nothing_had_been(
 ) -> None:
     plan = tiny_plan(
         training={"optimiser": {"learning_rate": 0.02, "state": state}},
-        aggregation={"server_momentum": 0.5, "weight_averaging": 0.5},
+        aggregation={"strategy": "fedavgm", "server_momentum": 0.5, "weight_averaging": 0.5},
     )
     faults = tuple(
         Fault(site=site, kind=kind, round=2)

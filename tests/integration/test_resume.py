@@ -20,7 +20,7 @@ from fedseg.plan import StudyPlan
 from fedseg.result import StudyResult
 from fedseg.simulation import Options, simulate
 
-MOMENTUM = {"aggregation": {"server_momentum": 0.6, "weight_averaging": 0.8}}
+MOMENTUM = {"aggregation": {"strategy": "fedavgm", "server_momentum": 0.6, "weight_averaging": 0.8}}
 RESET = {"training": {"optimiser": {"learning_rate": 0.02, "state": "reset"}}}
 PROXIMAL = {"aggregation": {"strategy": "fedprox", "proximal_mu": 0.1, "weighting": "uniform"}}
 

@@ -20,7 +20,11 @@ from fedseg.modelfile import ModelHeader
 from fedseg.plan import StudyPlan
 from fedseg.result import SiteAnswer, StageRecord
 
-PLAN = built_plan(aggregation__server_momentum=0.5, aggregation__weight_averaging=0.5)
+PLAN = built_plan(
+    aggregation__strategy="fedavgm",
+    aggregation__server_momentum=0.5,
+    aggregation__weight_averaging=0.5,
+)
 
 
 @pytest.fixture
@@ -130,5 +134,6 @@ def test_a_half_precision_model_with_all_the_servers_memory_can_be_read_back(
     model = {"w": np.zeros(7_000_000, np.float16)}
     plan: StudyPlan = built_plan(model)
     doubles = {"w": np.zeros(7_000_000, np.float64)}
-    save_state(tmp_path / "c", plan, StudyState(None, ServerState(model, doubles, doubles, 1)))
+    server = ServerState(model, doubles, doubles, doubles, doubles, steps=1)
+    save_state(tmp_path / "c", plan, StudyState(None, server))
     assert load_state(tmp_path / "c", plan).server.steps == 1

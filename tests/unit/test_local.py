@@ -13,10 +13,10 @@ from fedseg.arrays import Arrays, digest_of
 from fedseg.errors import DataError, RoundError
 from fedseg.imaging.transforms import PreparedCase
 from fedseg.learning.local import RoundOutcome, train_round
-from fedseg.learning.optimiser import learning_rate
 from fedseg.learning.repeatable import repeatable
 from fedseg.models.zoo import build_network, initial_model, load_tensors, state_tensors
 from fedseg.plan import StudyPlan
+from fedseg.rates import learning_rate
 
 AUGMENTATION = {
     "flip_axes": [0], "rotation_degrees": 10, "scaling": 0.1, "noise": 0.05, "brightness": 0.1,

@@ -263,7 +263,8 @@ def test_any_changed_value_changes_the_digest() -> None:
         aggregation__weighting="uniform",  # with it, counts may be withheld
     )
     original = json.loads(plan.canonical_bytes)
-    only_choice = {"format", "loss", "guarantee", "proximal_mu"}
+    only_choice = {"format", "loss", "guarantee", "rule", "proximal_mu", "ditto_lambda"}
+    only_choice |= {"server_momentum", "server_beta2", "server_tau"}  # of other strategies
     for path in _leaves(original):
         digests = set()
         leaf = _at(original, path)

@@ -65,6 +65,23 @@ def test_the_private_example_keeps_its_promise_once_built(path: Path) -> None:
     assert plan.private.outputs.counts == plan.private.outputs.losses == "none"
 
 
+@pytest.mark.parametrize("size", [2, 7])
+def test_a_batch_size_under_a_guarantee_is_refused_since_nothing_reads_it(
+    path: Path, size: int
+) -> None:
+    text = example("mr-3d-private").replace("[32, 64, 128]", "[4, 8, 16]")
+    path.write_text(text.replace("training:\n", f"training:\n  batch_size: {size}\n"))
+    before = path.read_text()
+    for act in (build, load_written):
+        with pytest.raises(PlanError, match=r"training\.batch_size .* privacy\.rate"):
+            act(path)
+    assert path.read_text() == before
+    path.write_text(text)
+    plan = build(path)
+    path.write_bytes(plan.canonical_bytes + b"\n")
+    assert load_written(path) == plan, "the canonical bytes name every default"
+
+
 def test_a_plan_is_checked_and_shown_with_its_noise(path: Path) -> None:
     path.write_text(example("mr-3d-private").replace("[32, 64, 128]", "[4, 8, 16]"))
     runner = CliRunner(env={"COLUMNS": "200"})

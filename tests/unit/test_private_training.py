@@ -18,7 +18,6 @@ from fedseg.imaging.transforms import PreparedCase
 from fedseg.learning.augment import augment, margin_of
 from fedseg.learning.local import RoundOutcome
 from fedseg.learning.losses import dice_ce_per_patient
-from fedseg.learning.optimiser import learning_rate
 from fedseg.learning.persample.memory import choose
 from fedseg.learning.private import (
     MEMORY_BYTES,
@@ -31,6 +30,7 @@ from fedseg.models.zoo import build_network, initial_model, load_tensors, state_
 from fedseg.plan import StudyPlan
 from fedseg.privacy.noise import Noise
 from fedseg.promise import NoPrivacy
+from fedseg.rates import learning_rate
 
 
 def case_of(seed: int, *, fill: float | None = None) -> PreparedCase:

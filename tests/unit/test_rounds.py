@@ -35,6 +35,7 @@ from fedseg.updates import open_task
 RULES = {
     "plain": {},
     "rich": {
+        "aggregation__strategy": "fedavgm",
         "aggregation__server_momentum": 0.5,
         "aggregation__weight_averaging": 0.8,
         "aggregation__weighting": "uniform",

@@ -13,7 +13,7 @@ from small_plans import tiny_model
 from fedseg.aggregation.accumulate import MeanAccumulator
 from fedseg.aggregation.server import ServerState, apply_update
 from fedseg.arrays import digest_of, schema_of
-from fedseg.plan import Aggregation
+from fedseg.strategy import Aggregation
 
 ONE = {"w": np.array([1.0, 2.0], np.float32)}
 
@@ -40,7 +40,7 @@ def test_fedprox_aggregates_as_fedavg_does() -> None:
 
 
 def test_server_momentum_and_learning_rate_by_hand() -> None:
-    rule = Aggregation(server_learning_rate=0.5, server_momentum=0.75)
+    rule = Aggregation(strategy="fedavgm", server_learning_rate=0.5, server_momentum=0.75)
     state = apply_update(ServerState(ONE), mean(1.0, 2.0), rule)
     assert state.model["w"].tolist() == [1.5, 3.0]
     state = apply_update(state, mean(1.0, -2.0), rule)
@@ -76,7 +76,7 @@ def test_before_the_first_step_the_initial_model_is_released() -> None:
 
 
 def test_tensors_without_axes_stay_arrays_of_their_type() -> None:
-    rule = Aggregation(weight_averaging=0.5, server_momentum=0.5)
+    rule = Aggregation(strategy="fedavgm", weight_averaging=0.5, server_momentum=0.5)
     state = ServerState(tiny_model())
     for _ in range(2):
         state = apply_update(state, {k: v.astype(float) for k, v in tiny_model(1).items()}, rule)

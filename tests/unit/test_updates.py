@@ -24,12 +24,14 @@ from fedseg.updates import (
     Refused,
     TaskHeader,
     Trained,
-    message_limit,
+    answer_limit,
+    answer_schema,
     open_answer,
     open_task,
     seal_answer,
     seal_task,
     task_digest,
+    task_limit,
 )
 
 PLAN = built_plan()
@@ -54,7 +56,7 @@ def test_a_task_opens_to_what_was_sealed(stage: str) -> None:
     header, model = open_task(data, PLAN)
     assert header.stage == stage
     assert digest_of(model) == (digest_of(tiny_model()) if stage != "enlist" else digest_of({}))
-    assert len(data) <= message_limit(PLAN.built.tensors)
+    assert len(data) <= task_limit(PLAN)
 
 
 def test_a_task_is_read_where_it_lies_without_a_copy(tmp_path: Path) -> None:
@@ -188,8 +190,8 @@ def test_a_private_answers_length_does_not_depend_on_what_it_says(bodies: list[B
             data = seal_answer(header, delta, plan)
             sizes.add(len(data))
             open_sizes.add(len(seal_answer(header, delta, PLAN)))
-            schema = plan.built.tensors if delta else ()
-            limit = message_limit(schema)
+            schema = answer_schema(plan, body.kind)
+            limit = answer_limit(plan, "train")
             opened, tensors = unpack(data, AnswerHeader, max_bytes=limit, schema=schema)
             assert opened == header
             assert digest_of(tensors) == digest_of(delta or {})
