@@ -25,6 +25,7 @@ def plan_in(path: Path) -> None:
     value["study"] = "private"
     value["training"]["schedule"]["warmup_rounds"] = 0
     value["training"] |= {"gradient_clip_norm": None, "steps_per_round": 2}
+    del value["training"]["batch_size"]
     value["aggregation"] |= {
         "rounds": ROUNDS, "minimum_sites": 2, "round_timeout_s": 300, "weighting": "uniform",
     }  # fmt: skip

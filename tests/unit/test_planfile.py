@@ -15,7 +15,15 @@ from fedseg.cli import app
 from fedseg.errors import DataError, PlanError, PrivacyError, RoundError, TrustError
 from fedseg.modelfile import load_model, save_model
 from fedseg.plan import load_plan, parse_plan
-from fedseg.planfile import EXAMPLES, build, example, initial_path, load_initial, write_example
+from fedseg.planfile import (
+    EXAMPLES,
+    build,
+    example,
+    initial_path,
+    load_initial,
+    load_written,
+    write_example,
+)
 from fedseg.privacy.promised import require_kept
 
 TEXT = """\
