@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import nan
+from math import inf, nan
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ KINDS = {
 @pytest.fixture(autouse=True)
 def _always(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(deferred, "LARGE_WEIGHT", 0)
+    monkeypatch.setattr(deferred, "STORED_NS", inf)
 
 
 def work(kind: str, dtype: torch.dtype) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
@@ -97,12 +97,18 @@ def test_a_weight_that_is_used_twice_or_cut_in_pieces_is_not_deferred() -> None:
         torch.testing.assert_close(found.sum[name], part, rtol=1e-9, atol=1e-14)
 
 
-def test_small_weights_and_many_positions_are_left_as_they_were(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    network, data = work("2d", torch.float64)
-    monkeypatch.setattr(deferred, "FEW_POSITIONS", 29)
-    assert _deferred(network, data) == []
+def test_only_what_is_cheaper_is_deferred(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    patients = [slice(0, 1), slice(1, 2)]
+
+    def chosen(channels: int, side: int) -> bool:
+        layer = nn.Conv2d(channels, channels, 3, padding=1)
+        x = torch.empty(2, channels, side, side)
+        return deferred.deferrable(layer, x, x, patients)
+
+    assert chosen(256, 4)
+    assert not chosen(16, 4)  # a small weight
+    assert not chosen(256, 64)  # many positions
 
 
 def _deferred(network: nn.Module, data: tuple[Tensor, Tensor]) -> list[str]:

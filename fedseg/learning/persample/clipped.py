@@ -103,13 +103,14 @@ def clipped_sum(
         logger.warning("%s", remark)
         remarks = (remark,)
         total = _add_up(network, loss, work, (clip_norm, clipping), "loop", samples_at_once)
-    return ClippedSum(total.sum, torch.cat(total.norms), names, remarks)
+    return ClippedSum(total.close(), torch.cat(total.norms), names, remarks)
 
 
 def zero_sum(network: nn.Module) -> ClippedSum:
     """The sum of an empty draw."""
     none = torch.zeros(0)
-    return ClippedSum(_zeros(network), none.double(), none.long())
+    sums = {n: _zeros_like(p) for n, p in network.named_parameters() if p.requires_grad}
+    return ClippedSum(sums, none.double(), none.long())
 
 
 def merge(parts: Sequence[ClippedSum]) -> ClippedSum:
@@ -135,10 +136,11 @@ class _Total:
     """The sum so far, and the norms of those that are in it."""
 
     def __init__(self, network: nn.Module, clip_norm: float, clipping: Clipping) -> None:
-        self.sum = _zeros(network)
         self.norms: list[Tensor] = []
+        self._network = network
+        self._sum: dict[str, Tensor] = {}
         self._clip = clip_norm, clipping
-        kinds = {part.dtype for part in self.sum.values()}
+        kinds = {p.dtype for p in network.parameters() if p.requires_grad}
         self._dtype = max(kinds, key=lambda kind: torch.finfo(kind).eps)
 
     def weigh(self, squares: Tensor) -> Tensor:
@@ -149,11 +151,11 @@ class _Total:
 
     def take(self, name: str, rows: Tensor) -> None:
         """Add gradients of one parameter that are clipped already."""
-        self.sum[name] += rows.sum(0)
+        self._put(name, rows.sum(0))
 
     def add(self, rows: Gradients, later: Sequence[Deferred], count: int) -> None:
         """Clip the gradients of so many patients, and add them."""
-        device = next(iter(self.sum.values())).device
+        device = next(self._network.parameters()).device
         squares = torch.zeros(count, dtype=torch.float64, device=device)
         groups = _grouped({name: part.reshape(count, -1) for name, part in rows.items()})
         for _, part in groups:
@@ -167,11 +169,27 @@ class _Total:
             if some_lost:
                 part[lost] = 0
             clipped = part.mT @ share.to(part.dtype)
-            sizes = [self.sum[name].numel() for name in names]
-            for name, own in zip(names, torch.split(clipped, sizes), strict=True):
-                self.sum[name].view(-1).add_(own)
+            shapes = [rows[name].shape[1:] for name in names]
+            sizes = [shape.numel() for shape in shapes]
+            for name, shape, own in zip(names, shapes, torch.split(clipped, sizes), strict=True):
+                self._put(name, own.view(shape))
         for each in later:
-            self.sum[each.name] += each.weighted(share)
+            self._put(each.name, each.weighted(share))
+
+    def close(self) -> dict[str, Tensor]:
+        """The sum by parameter, in the network's order; zeros where nothing came."""
+        return {
+            name: self._sum[name] if name in self._sum else _zeros_like(p)
+            for name, p in self._network.named_parameters()
+            if p.requires_grad
+        }
+
+    def _put(self, name: str, part: Tensor) -> None:
+        """Add what is the sum's own from here on."""
+        if name in self._sum:
+            self._sum[name] += part
+        else:
+            self._sum[name] = part.contiguous()
 
 
 def _grouped(rows: Gradients) -> list[tuple[list[str], Tensor]]:
@@ -275,10 +293,6 @@ class _Squares:
         return self._squares
 
 
-def _zeros(network: nn.Module) -> dict[str, Tensor]:
-    """Zeros for each trained parameter."""
-    return {
-        name: torch.zeros_like(p, memory_format=torch.contiguous_format).detach()
-        for name, p in network.named_parameters()
-        if p.requires_grad
-    }
+def _zeros_like(parameter: Tensor) -> Tensor:
+    """Zeros to add a parameter's gradients to."""
+    return torch.zeros_like(parameter, memory_format=torch.contiguous_format).detach()

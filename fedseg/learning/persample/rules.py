@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from fedseg.learning.persample.unfolded import unfolded
 from fedseg.models.standardised import StandardisedConv2d, StandardisedConv3d, standardise
 
 ONE_DNN_FROM = 20480  # torch's own bound on batch x channels x the first two sides
@@ -189,6 +190,16 @@ def _weight_gradients(layer: _ConvNd, x: Tensor, gradient: Tensor, patients: Pat
             together, layer, padding, count * layer.groups,
         )  # fmt: skip
         return found.view(count, *weight.shape).to(layer.weight.dtype)
+    if _better_unfolded(x, gradient, patients, layer):
+        assert isinstance(padding, tuple)
+        seen = unfolded(x, gradient.shape[2:], layer, padding)
+        found = gradient.flatten(2) @ seen.mT
+        return found.view(count, *weight.shape).to(layer.weight.dtype)
+    if count == 1:
+        whole = _backward(
+            x[patients[0]], gradient[patients[0]], weight, layer, padding, layer.groups
+        )
+        return whole.to(layer.weight.dtype)[None]
     rows = layer.weight.new_empty(count, *weight.shape)
     for row, patient in zip(rows, patients, strict=True):
         row.copy_(_backward(x[patient], gradient[patient], weight, layer, padding, layer.groups))
@@ -203,6 +214,12 @@ def _better_in_groups(x: Tensor, gradient: Tensor, patients: Patients) -> bool:
     """
     small = x[0].shape[:3].numel() <= ONE_DNN_FROM and gradient[0, 0].numel() > FEW_POSITIONS
     return x.device.type == "cpu" and small and len(patients) == len(x) > 1
+
+
+def _better_unfolded(x: Tensor, gradient: Tensor, patients: Patients, layer: _ConvNd) -> bool:
+    """True where one product of matrices for each sample is all the work, and nothing is copied."""
+    few = gradient[0, 0].numel() <= FEW_POSITIONS and len(patients) == len(x) > 1
+    return x.device.type == "cpu" and few and layer.groups == 1
 
 
 def _backward(

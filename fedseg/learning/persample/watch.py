@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fedseg.learning.persample.deferred import Deferred, deferrable
 from fedseg.learning.persample.folded import FOLDED
+from fedseg.learning.persample.narrow import forward_of, narrow
 from fedseg.learning.persample.rules import (
     RULES,
     Patients,
@@ -187,6 +188,8 @@ def _attach(name: str, layer: nn.Module, own: Own, watch: Watch, stack: ExitStac
         stack.enter_context(_attribute(layer, "forward", _folded(name, layer, own, watch)))
     elif type(layer) in RULES or _is_leaf(layer):
         rule = RULES.get(type(layer), alone)
+        if narrow(layer):
+            stack.enter_context(_attribute(layer, "forward", forward_of(layer)))
         hook = partial(watch.observe, name, rule, own)
         stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
     else:
