@@ -37,7 +37,7 @@ class Limits:
 
     Attributes:
         study_epsilon: the most that a study's fixed schedule may cost.
-        study_delta: the delta at which that is counted, and the largest that a plan may name.
+        study_delta: the largest delta that a plan may name.
         total_epsilon: the most over all studies, by the privacy filter.
         total_delta: likewise.
     """
@@ -83,6 +83,10 @@ class Study:
     def cohort(self, use: Use) -> frozenset[Patient]:
         """The patients of one use."""
         return self.train if use == "train" else self.val
+
+    def delta(self, limits: Limits) -> float:
+        """The delta at which its epsilon is told: the plan's; the policy's where none is known."""
+        return self.registered.delta or limits.study_delta
 
 
 @dataclass

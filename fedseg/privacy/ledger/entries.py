@@ -12,7 +12,14 @@ import hmac
 import json
 from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import (
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    ValidationError,
+    model_serializer,
+)
 
 from fedseg.errors import TrustError
 from fedseg.frozen import Digest, Frozen, Name
@@ -35,7 +42,10 @@ class Opened(Frozen):
 
 
 class Registered(Frozen):
-    """A study with its frozen cohort and its fixed schedule, all attempts included."""
+    """A study with its frozen cohort and its fixed schedule, all attempts included.
+
+    `delta` is the plan's. Rows from before it was written have none, and stay what was hashed.
+    """
 
     kind: Literal["registered"] = "registered"
     study: Name
@@ -43,6 +53,14 @@ class Registered(Frozen):
     train: tuple[Patient, ...]
     val: tuple[Patient, ...]
     schedule: tuple[Allowed, ...]
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_hashed(self, written: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
+        value: dict[str, JsonValue] = written(self)
+        if self.delta is None:
+            del value["delta"]
+        return value
 
 
 class Reserved(Frozen):

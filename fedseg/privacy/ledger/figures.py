@@ -1,6 +1,7 @@
 """The ledger in numbers, for whoever draws or checks them; `views` says the same in words.
 
-Counts, shares and epsilons at the policy's deltas; no patient, not even by a keyed hash. What one
+Counts, shares, and epsilons: a study's at the delta of its plan, those over all studies at the
+policy's; no patient, not even by a keyed hash. What one
 patient has spent depends on that patient's data, so these figures are for the hospital.
 """
 
@@ -18,10 +19,11 @@ ENDS = (0.0, 0.25, 0.5, 0.75, 1.0)
 def spent(book: Book, limits: Limits) -> dict[str, JsonValue]:
     """What was done in each study, and what it cost each patient of it at most."""
     return {
-        "delta": limits.study_delta,
         "studies": [
             {
                 "study": name,
+                "delta": study.delta(limits),
+                "delta_is_of": "policy" if study.registered.delta is None else "plan",
                 "plan": study.registered.plan,
                 "registered": study.at,
                 "closed": study.closed,
@@ -30,7 +32,7 @@ def spent(book: Book, limits: Limits) -> dict[str, JsonValue]:
                 "ids_with_several_records": len(book.several_records(name)),
                 "epsilon_of_several_records": max(
                     (
-                        epsilon_spent(work, limits.study_delta)
+                        epsilon_spent(work, study.delta(limits))
                         for work in {book.charges(p, name) for p in book.several_records(name)}
                     ),
                     default=0.0,
@@ -84,8 +86,8 @@ def _use(book: Book, name: str, use: Use, limits: Limits) -> dict[str, JsonValue
         "patients": len(study.cohort(use)),
         "steps_done": _steps(done),
         "steps_planned": _steps(planned),
-        "epsilon_spent": epsilon_spent(done, limits.study_delta),
-        "epsilon_planned": epsilon_spent(planned, limits.study_delta),
+        "epsilon_spent": epsilon_spent(done, study.delta(limits)),
+        "epsilon_planned": epsilon_spent(planned, study.delta(limits)),
     }
 
 

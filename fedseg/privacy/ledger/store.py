@@ -179,7 +179,7 @@ class Ledger:
             event: cohort and schedule. The schedule counts every attempt that may be answered.
             limits: the policy's.
             epsilon: what the plan promises to each patient.
-            delta: likewise.
+            delta: likewise; it is written into the register.
 
         Raises:
             PrivacyError: the schedule costs more than the plan promises or the policy allows, a
@@ -194,13 +194,17 @@ class Ledger:
         require_small_delta(delta, len(event.train) + len(event.val))
         require_promise(event.schedule, epsilon, delta)
 
+        dated = event.model_copy(update={"delta": delta})
+        undated = event.model_copy(update={"delta": None})
+
         def decide(book: Book) -> Event | None:
             study = book.studies.get(event.study)
-            if study is not None and study.registered == event and not study.closed:
+            wanted = undated if study is not None and study.registered == undated else dated
+            if study is not None and study.registered == wanted and not study.closed:
                 return None
-            book.require_new_register(event)
-            require_room_for_all(book, event, limits)
-            return event
+            book.require_new_register(wanted)
+            require_room_for_all(book, wanted, limits)
+            return wanted
 
         self._append(decide)
 

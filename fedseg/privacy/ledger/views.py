@@ -13,7 +13,7 @@ from pydantic import JsonValue
 
 from fedseg.privacy.accounting import PrivacyFilter, epsilon_spent
 from fedseg.privacy.guarantee import rounded_up
-from fedseg.privacy.ledger.book import Book, Debit, Limits
+from fedseg.privacy.ledger.book import Book, Debit, Limits, Study
 from fedseg.privacy.ledger.entries import Row
 from fedseg.privacy.mechanisms import Mechanism, Use, merged
 
@@ -21,11 +21,15 @@ _BAR = 24
 
 
 def show(book: Book, limits: Limits) -> str:
-    """What was spent on which study, per patient of it."""
+    """What was spent on which study, per patient of it, at the delta that its plan promises.
+
+    What all studies cost somebody together is said at the policy's delta, by its filter.
+    """
     lines = [
         "What was done to patients' data, and what it cost each patient at most. Epsilon bounds",
         "how much likelier anything that left can be with a patient's data than without",
-        "(exp(epsilon) times), but for a chance of delta. The bar is what is spent.",
+        "(exp(epsilon) times), but for a chance of delta. The bar is what is spent. Each study is",
+        "reckoned at the delta of its own plan.",
     ]
     for name, study in book.studies.items():
         state = f"closed ({study.closed})" if study.closed else "open"
@@ -33,14 +37,15 @@ def show(book: Book, limits: Limits) -> str:
         lines += [_use(book, name, use, limits) for use in ("train", "val") if study.cohort(use)]
         if several := book.several_records(name):
             charged = {book.charges(person, name) for person in several}
-            worst = max(epsilon_spent(work, limits.study_delta) for work in charged)
+            worst = max(epsilon_spent(work, study.delta(limits)) for work in charged)
             lines.append(
                 f"  {len(several)} ids are of people who are in it under another id too, charged "
-                f"for each: up to epsilon {rounded_up(worst)} at delta {limits.study_delta:g}"
+                f"for each: up to epsilon {rounded_up(worst)} at delta {_delta(study, limits)}"
             )
         unanswered = sum(d.answer is None for d in book.debits.values() if d.study == name)
         if unanswered:
             lines.append(f"  {unanswered} debits without an answer: begun, not finished, paid for")
+    lines += _in_all(book, limits)
     lost = sum(d.everyone for d in book.debits.values())
     if lost:
         lines += ["", f"{lost} debits of lost registers are charged to every patient."]
@@ -117,12 +122,33 @@ def _use(book: Book, name: str, use: Use, limits: Limits) -> str:
     patients = f"  {_WORDS[use]:10} {len(study.cohort(use)):5} patients"
     if not (done or planned):
         return f"{patients}  no release with noise is planned about them"
-    spent, whole = (epsilon_spent(work, limits.study_delta) for work in (done, planned))
+    spent, whole = (epsilon_spent(work, study.delta(limits)) for work in (done, planned))
     share = spent / whole if whole > 0 else 0.0
     return (
         f"{patients}  {_bar(share)}  epsilon {rounded_up(spent)} of {rounded_up(whole)} at delta "
-        f"{limits.study_delta:g}  ({_work(done)})"
+        f"{_delta(study, limits)}  ({_work(done)})"
     )
+
+
+def _delta(study: Study, limits: Limits) -> str:
+    """A study's delta, and whose it is where it is not the plan's."""
+    known = study.registered.delta is not None
+    return f"{study.delta(limits):g}{'' if known else ' (the policy, whose largest this is)'}"
+
+
+def _in_all(book: Book, limits: Limits) -> list[str]:
+    """What all studies together cost whoever was charged the most."""
+    rule = PrivacyFilter(limits.total_epsilon, limits.total_delta, book.order)
+    most = max((rule.cost(book.charges(patient)) for patient in book.patients), default=0.0)
+    if most == 0:
+        return []
+    return [
+        "",
+        f"All studies together cost no patient more than epsilon "
+        f"{rounded_up(rule.epsilon_so_far(most))} at delta {limits.total_delta:g}, which is the "
+        "policy's total_delta,",
+        "by the filter that `ledger budget` explains.",
+    ]
 
 
 def _work(mechanisms: Sequence[Mechanism]) -> str:
