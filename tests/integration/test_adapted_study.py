@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_studies import tiny_plan, tiny_private_plan, write_plan
+from tiny_studies import tiny_plan, tiny_private_plan
 from typer.testing import CliRunner
 
 from fedseg.arrays import digest_of
@@ -32,6 +32,12 @@ def adapted_plan(rank: int = 2, trainable: str = "adapters", **adapters: Any) ->
         model=SMALL | {"adapters": {"rank": rank} | adapters},
         training={"trainable": trainable, "gradient_clip_norm": None},
     )
+
+
+def written(path: Path, plan: StudyPlan) -> Path:
+    """A plan file, as exact as the plan itself."""
+    path.write_bytes(plan.canonical_bytes)
+    return path
 
 
 def outputs(plan: StudyPlan, tensors: dict[str, Any]) -> torch.Tensor:
@@ -67,7 +73,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def study(data: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
     """A private study whose adapters alone are trained, from the command line's own plan."""
     folder = tmp_path_factory.mktemp("adapted")
-    path = write_plan(folder / "study.yaml", adapted_plan())
+    path = written(folder / "study.yaml", adapted_plan())
     told = CliRunner().invoke(app, ["plan", "build", str(path), "--from", str(pretrained)])
     assert told.exit_code == 0, told.output
     simulate(load_plan(path), data, folder / "out", Options(initial=load_initial(path)))
@@ -107,7 +113,7 @@ def test_a_released_adapted_model_segments_and_is_measured(
 
 def test_a_released_adapted_model_becomes_a_plain_one(study: Study, tmp_path: Path) -> None:
     released = study.out / "model.safetensors"
-    plan = build(write_plan(tmp_path / "plain.yaml", tiny_plan()), released)
+    plan = build(written(tmp_path / "plain.yaml", tiny_plan()), released)
     _, plain = load_model(initial_path(tmp_path / "plain.yaml"))
     assert plan.built.tensors == initial_model(tiny_plan())[0].tensors
     header, adapted = load_model(released)
@@ -120,7 +126,7 @@ def test_a_released_adapted_model_becomes_a_plain_one(study: Study, tmp_path: Pa
 
 def test_other_adapters_begin_where_the_released_ones_ended(study: Study, tmp_path: Path) -> None:
     released = study.out / "model.safetensors"
-    wider = write_plan(tmp_path / "wider.yaml", adapted_plan(rank=3, down="frozen"))
+    wider = written(tmp_path / "wider.yaml", adapted_plan(rank=3, down="frozen"))
     plan = build(wider, released)
     tensors = load_initial(wider)
     header, before = load_model(released)
@@ -128,12 +134,12 @@ def test_other_adapters_begin_where_the_released_ones_ended(study: Study, tmp_pa
     assert not any(a.any() for name, a in tensors.items() if name.endswith(".up.weight"))
     expected = outputs(header.plan, before)
     assert torch.allclose(outputs(plan, dict(tensors)), expected, rtol=1e-4, atol=1e-5)
-    same = write_plan(tmp_path / "same.yaml", adapted_plan())
+    same = written(tmp_path / "same.yaml", adapted_plan())
     assert build(same, released).built.digest == header.model_digest
 
 
 def test_random_weights_are_not_adapted(data: Path, tmp_path: Path) -> None:
-    path = write_plan(tmp_path / "study.yaml", adapted_plan())
+    path = written(tmp_path / "study.yaml", adapted_plan())
     with pytest.raises(PlanError, match=r"needs a trained model to adapt.*--from MODEL"):
         build(path)
     assert not initial_path(path).exists()
