@@ -1,12 +1,15 @@
 """What per-patient clipping costs: one step of U-Nets, by method, in CPU time and memory.
 
     python benchmarks/private_step.py [--json] [--rows NAME,...] [--methods NAME,...] [--steps 5]
+    python benchmarks/private_step.py --out FILE     # a row is kept as it ends; go on by the same
+    python benchmarks/private_step.py --profile [--rows NAME,...]   # where ours takes its time
 
 Each method has a process of its own with one thread; they take their steps in turn, so that a busy
 machine is busy for all of them. `cpu_s` is the median step's process time after one step of warm-up
 (forward, per-patient loss, backward, clipped sum; no noise, no optimiser), `peak_mb` VmHWM of the
 process, and `start_mb` what it held before its first step, the network included. Each sample is a
-patient. A method that fails has `error` instead.
+patient; `load` is the machine's load average as the row ended. A method that fails has `error`
+instead, and so has one whose process was ended for want of memory.
 """
 
 from __future__ import annotations
@@ -50,10 +53,48 @@ def main() -> None:
     if arguments.worker:
         _work(arguments.rows[0], arguments.worker)
         return
-    found = []
-    for row in arguments.rows:
-        found += _measure(row, arguments.methods, arguments.steps)
+    if arguments.profile:
+        _profile(arguments.rows, arguments.steps)
+        return
+    found = _kept(arguments.out, arguments.steps)
+    for number, row in enumerate(arguments.rows, 1):
+        have = {r["method"] for r in found if r["network"] == row}
+        if have >= set(arguments.methods):
+            continue
+        print(f"row {number} of {len(arguments.rows)}: {row}", file=sys.stderr, flush=True)
+        new = _measure(row, arguments.methods, arguments.steps)
+        found = [r for r in found if r["network"] != row] + new
+        _keep(arguments.out, arguments.steps, found)
     print(json.dumps({"rows": found}, indent=2) if arguments.json else _table(found))
+
+
+def _kept(out: Path | None, steps: int) -> list[dict[str, Any]]:
+    """The rows that an earlier run left."""
+    if out is None or not out.exists():
+        return []
+    kept = json.loads(out.read_text())
+    if kept["steps"] != steps:
+        raise SystemExit(f"{out} holds medians of {kept['steps']} steps: give --steps or another")
+    return cast(list[dict[str, Any]], kept["rows"])
+
+
+def _keep(out: Path | None, steps: int, rows: list[dict[str, Any]]) -> None:
+    """Replace the file whole."""
+    if out is not None:
+        new = out.with_name(out.name + ".new")
+        new.write_text(json.dumps({"steps": steps, "rows": rows}, indent=1))
+        new.replace(out)
+
+
+def _profile(rows: list[str], steps: int) -> None:
+    """Print where each row's private step takes longer, and where less long, than the plain one."""
+    import torch
+    from private_profile import explain
+
+    torch.set_num_threads(1)
+    for row in rows:
+        network, data, losses = _build(row)
+        print(f"{row}\n{explain(network, data, losses, CLIP, steps)}\n", flush=True)
 
 
 def _measure(row: str, methods: list[str], steps: int) -> list[dict[str, Any]]:
@@ -77,7 +118,8 @@ def _measure(row: str, methods: list[str], steps: int) -> list[dict[str, Any]]:
                 times[method].append(said[method].get("cpu_s", 0.0))
     for worker in workers.values():
         worker.communicate()
-    common = {"network": row, "dims": dims, "batch": batch, "size": size}
+    load = round(os.getloadavg()[0], 1)
+    common = {"network": row, "dims": dims, "batch": batch, "size": size, "load": load}
     rows = []
     for method in methods:
         own = {**common, "method": method, **said[method]}
@@ -230,7 +272,40 @@ def _table(rows: list[dict[str, Any]]) -> str:
             continue
         times = row["cpu_s"] / plain[row["network"]] if row["network"] in plain else float("nan")
         lines.append(f"{start}{row['cpu_s']:>7.3f}{times:>10.2f}{row['peak_mb']:>10}")
-    return "\n".join(lines)
+    return "\n".join(lines + _summary(rows))
+
+
+def _summary(rows: list[dict[str, Any]]) -> list[str]:
+    """Ours over plain, the best Opacus mode over ours, and memory; networks from a million on."""
+    good: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if row.get("parameters", 0) >= 1e6:
+            good.setdefault(row["network"], {})[row["method"]] = row
+    slower, faster, memory = [], [], []
+    for found in good.values():
+        if not {"plain", "ours"} <= found.keys():
+            continue
+        ours, plain = found["ours"], found["plain"]
+        slower.append(ours["cpu_s"] / plain["cpu_s"])
+        gradients_mb = ours["batch"] * ours["parameters"] * 4 / 2**20
+        taken = [each["peak_mb"] - each["start_mb"] for each in (ours, plain)]
+        memory.append((taken[0] - taken[1]) / gradients_mb)
+        opacus = [row["cpu_s"] for method, row in found.items() if method.startswith("opacus")]
+        if opacus:
+            faster.append(min(opacus) / ours["cpu_s"])
+    lines = []
+    if slower:
+        lines.append(
+            f"ours / plain: median {statistics.median(slower):.2f}, worst {max(slower):.2f}"
+        )
+        lines.append(
+            f"memory beyond plain's / a gradient for each patient: worst {max(memory):.2f}"
+        )
+    if faster:
+        lines.append(
+            f"best Opacus / ours: median {statistics.median(faster):.2f}, worst {min(faster):.2f}"
+        )
+    return lines
 
 
 def _parse() -> argparse.Namespace:
@@ -239,6 +314,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=_known(ROWS), default=[r for r in ROWS if r != "2d-tiny"])
     parser.add_argument("--methods", type=_known(_METHODS), default=list(_METHODS))
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="where rows are kept")
+    parser.add_argument("--profile", action="store_true", help="of ours, beside plain")
     parser.add_argument("--worker", choices=list(_METHODS), help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -137,10 +137,10 @@ class _Total:
 
     def __init__(self, network: nn.Module, clip_norm: float, clipping: Clipping) -> None:
         self.norms: list[Tensor] = []
-        self._network = network
+        self._trained = {n: p for n, p in network.named_parameters() if p.requires_grad}
         self._sum: dict[str, Tensor] = {}
         self._clip = clip_norm, clipping
-        kinds = {p.dtype for p in network.parameters() if p.requires_grad}
+        kinds = {p.dtype for p in self._trained.values()}
         self._dtype = max(kinds, key=lambda kind: torch.finfo(kind).eps)
 
     def weigh(self, squares: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class _Total:
 
     def add(self, rows: Gradients, later: Sequence[Deferred], count: int) -> None:
         """Clip the gradients of so many patients, and add them."""
-        device = next(self._network.parameters()).device
+        device = next(iter(self._trained.values())).device
         squares = torch.zeros(count, dtype=torch.float64, device=device)
         groups = _grouped({name: part.reshape(count, -1) for name, part in rows.items()})
         for _, part in groups:
@@ -180,8 +180,7 @@ class _Total:
         """The sum by parameter, in the network's order; zeros where nothing came."""
         return {
             name: self._sum[name] if name in self._sum else _zeros_like(p)
-            for name, p in self._network.named_parameters()
-            if p.requires_grad
+            for name, p in self._trained.items()
         }
 
     def _put(self, name: str, part: Tensor) -> None:

@@ -35,12 +35,13 @@ def narrow(layer: nn.Module) -> bool:
 def forward_of(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     """A narrow layer's forward: the same output; gradients flow to its input alone."""
     assert isinstance(layer, _ConvNd)
-    usual = layer.forward
+    usual: Callable[[Tensor], Tensor] = layer.forward
 
     def forward(input: Tensor) -> Tensor:
         if input.ndim != layer.weight.ndim or torch.is_autocast_enabled("cpu"):
             return usual(input)
-        return _Narrow.apply(input, layer)  # type: ignore[no-any-return,no-untyped-call]
+        found: Tensor = _Narrow.apply(input, layer)  # type: ignore[no-untyped-call]
+        return found
 
     return forward
 

@@ -138,17 +138,17 @@ def watched(network: nn.Module, watch: Watch) -> Iterator[None]:
     Raises:
         UnsupportedLayerError: a parameter for which there is no rule.
     """
-    names = {id(p): name for name, p in network.named_parameters() if p.requires_grad}
+    trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    names = {id(p): name for name, p in trained}
     with ExitStack() as stack:
         stack.enter_context(out_of_place(network))
         for name, layer in network.named_modules():
             own = {n: names[id(p)] for n, p in layer._parameters.items() if id(p) in names}
             if own:
                 _attach(name or "the network itself", layer, own, watch, stack)
-        for parameter in list(network.parameters()):
-            if id(parameter) in names:
-                parameter.requires_grad_(False)
-                stack.callback(parameter.requires_grad_, True)
+        for _, parameter in trained:
+            parameter.requires_grad_(False)
+            stack.callback(parameter.requires_grad_, True)
         yield
 
 
