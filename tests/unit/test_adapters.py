@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,9 @@ from fedseg.learning.persample.watch import remarks_on
 from fedseg.models.adapters import Adapted, adapt, base_names, merged
 from fedseg.models.parts import freeze, head_of
 from fedseg.models.standardised import StandardisedConv2d
-from fedseg.plan import StudyPlan, Trainable
+from fedseg.models.zoo import build_network
+from fedseg.plan import Adapters, StudyPlan, Trainable, parse_plan
+from fedseg.planfile import example
 
 UNETS = [(d, norm, units) for d in (2, 3) for norm in ("instance", "group") for units in (0, 2)]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -231,3 +234,27 @@ def test_a_plan_cannot_train_adapters_that_it_has_not(trainable: str) -> None:
 def test_a_plan_cannot_have_adapters_that_it_does_not_train(trainable: str) -> None:
     with pytest.raises(ValueError, match="say adapters or norms\\+adapters, or remove"):
         StudyPlan.model_validate(plan_values(trainable, {"rank": 2}))
+
+
+@pytest.mark.parametrize(
+    ("trainable", "adapters", "count"),
+    [
+        ("all", None, 449_191),
+        ("norms", None, 512),
+        ("head", None, 5_187),
+        ("adapters", {"rank": 4}, 32_236),
+        ("adapters", {"rank": 4, "down": "frozen"}, 1_024),
+    ],
+)
+def test_the_counts_of_the_plans_page_are_those_of_the_example(
+    trainable: Trainable, adapters: dict[str, Any] | None, count: int
+) -> None:
+    found = parse_plan(example("mr-3d").encode())
+    model = found.model.model_copy(
+        update={"adapters": None if adapters is None else Adapters.model_validate(adapters)}
+    )
+    network = build_network(model, found.task)
+    names = freeze(network, trainable)
+    assert sum(network.get_parameter(name).numel() for name in names) == count
+    page = Path(__file__).parents[2] / "docs" / "plan.md"
+    assert f"{count:,}" in page.read_text(encoding="utf-8")
