@@ -7,7 +7,7 @@ so a browser that asks again is told that nothing changed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, groupby
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from coordinator.progress.document import Progress
 from coordinator.progress.tally import FailureEntry, RoundValue, SiteProgress, StageProgress
 from fedseg.plan import StudyPlan
 from fedseg.privacy.words import in_one_line, not_covered, outputs_of
+from fedseg.reports import crosssite
+from fedseg.reports.crosssite import CrossSite, SiteScore
 
 LOOKS = 8
 MOST_ROUNDS = 10
@@ -107,12 +109,22 @@ def content(plan: StudyPlan, progress: Progress | None, situation: Situation) ->
         "now_of": {site.name: _doing(site, progress) for site in progress.sites},
         "looks": _looks(progress.sites),
         "charts": charts(progress),
+        "across": _across(plan, progress),
         "recent": rounds[:MOST_ROUNDS],
         "older": rounds[MOST_ROUNDS:],
         "failures": failure_lines(progress)[:MOST_FAILURES],
         "bytes_down": sum(stage.bytes_down for stage in progress.stages),
         "bytes_up": sum(stage.bytes_up for stage in progress.stages),
     }
+
+
+def last_measured(progress: Progress) -> CrossSite | None:
+    """The last model that hospitals measured, over the hospitals; None before the first."""
+    last = next((s for s in reversed(progress.stages) if s.stage == "evaluate"), None)
+    if last is None:
+        return None
+    scores = [_score(site, last) for site in progress.sites]
+    return crosssite.compared(scores, round_=last.round)
 
 
 def charts(progress: Progress) -> tuple[Chart, ...]:
@@ -207,6 +219,29 @@ def _entries(stage: StageProgress) -> Iterable[FailureEntry]:
 def _kind_of(entry: FailureEntry) -> tuple[str, str, str]:
     """What makes two failures the same."""
     return entry.site, entry.stage, entry.code
+
+
+def _across(plan: StudyPlan, progress: Progress) -> dict[str, Any] | None:
+    """What the section on the hospitals' differences shows."""
+    found = last_measured(progress)
+    if found is None:
+        return None
+    noised = plan.privacy.outputs.metrics == "noised"
+    found = replace(found, noised=noised)
+    return {
+        "found": found,
+        "said": crosssite.sentences(found),
+        "standing": crosssite.STANDING_WORDS,
+        "own": crosssite.own_elsewhere(plan),
+    }
+
+
+def _score(site: SiteProgress, last: StageProgress) -> SiteScore:
+    """One hospital in the last measuring."""
+    told = [point.value for point in site.dice if point.round == last.round]
+    if told:
+        return SiteScore(site.name, "measured", {"dice": told[-1]})
+    return SiteScore(site.name, "withheld" if site.name in last.answered else "absent", {})
 
 
 def _curves(progress: Progress, what: str) -> tuple[Curve, ...]:

@@ -21,7 +21,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from fedseg.durable import write_atomically
 from fedseg.plan import Metric
 from fedseg.privacy.words import outputs_of
-from fedseg.reports import findings, traffic
+from fedseg.reports import crosssite, findings, traffic
 from fedseg.reports.charts import Curve, curve_chart, dice_chart
 from fedseg.reports.curves import ALL, points
 from fedseg.reports.figures import RANKS, Overlay, label_colours, overlay_pictures
@@ -98,6 +98,7 @@ def _content(result: StudyResult, overlays: Sequence[Overlay]) -> dict[str, Any]
         "arm_titles": ARM_TITLES,
         "splits": [s for s in SPLITS if any(site.patients.get(s) for site in result.sites)],
         "dice_chart": _dice_chart(result),
+        "across": _across(result),
         "curves": _curve_charts(result),
         "overlays": _overlay_groups(result, overlays),
         "colours": label_colours(result.plan.task.labels),
@@ -124,6 +125,21 @@ def _dice_chart(result: StudyResult) -> str | None:
                 by_arm = values.setdefault(patient.site, {})
                 by_arm.setdefault(name, []).append(patient.mean_dice)
     return _uri(dice_chart(values), "svg+xml") if any(values.values()) else None
+
+
+def _across(result: StudyResult) -> dict[str, Any] | None:
+    """The shared model over hospitals: as it is, and as a coordinator would know it."""
+    found = crosssite.simulated(result)
+    if found is None:
+        return None
+    return {
+        "found": found,
+        "said": crosssite.sentences(found),
+        "known": crosssite.across(result.plan, result.stages, [s.name for s in result.sites]),
+        "titles": {metric: title for metric, title, _ in METRICS},
+        "standing": crosssite.STANDING_WORDS,
+        "own": crosssite.own_elsewhere(result.plan),
+    }
 
 
 def _curve_charts(result: StudyResult) -> list[dict[str, str]]:

@@ -1,0 +1,140 @@
+"""Cross-site validation: the worst hospital first, the arithmetic right, the withheld named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_plans import built_plan
+from study_results import make_plan, make_result
+
+from fedseg.reports import crosssite
+from fedseg.reports.crosssite import SiteScore, Standing, across, compared, sentences, simulated
+from fedseg.reports.study import write_report
+from fedseg.result import SiteAnswer, StageRecord, StudyResult
+
+
+def measuring(round_: int, *answers: SiteAnswer) -> StageRecord:
+    return StageRecord(
+        round=round_,
+        stage="evaluate",
+        attempt=1,
+        bytes_down=1,
+        bytes_up=1,
+        answers=answers,
+        failures=(),
+    )
+
+
+def told(site: str, dice: float | None, patients: int | None = 9) -> SiteAnswer:
+    scores = {} if dice is None else {"dice": {"a": dice, "b": dice}}
+    return SiteAnswer(site=site, patients=patients, scores=scores, bytes_up=1)
+
+
+def score(site: str, dice: float, standing: Standing = "measured") -> SiteScore:
+    return SiteScore(site, standing, {"dice": dice})
+
+
+def test_the_worst_hospital_comes_first_and_the_mean_last() -> None:
+    found = compared([score("a", 0.9), score("b", 0.6), score("c", 0.75)], round_=3)
+    assert [s.site for s in found.scores] == ["b", "c", "a"]
+    (dice,) = found.spread
+    assert (dice.worst_site, dice.best_site) == ("b", "a")
+    assert dice.mean == pytest.approx(0.75) and dice.gap == pytest.approx(0.15)
+    assert dice.deviation == pytest.approx(0.15 * (2 / 3) ** 0.5)
+    said = sentences(found)
+    assert "worst at b" in said[0] and "mean over hospitals" in said[-1]
+
+
+def test_for_a_distance_larger_is_worse() -> None:
+    near, far = SiteScore("a", "measured", {"hd95": 2.0}), SiteScore("b", "measured", {"hd95": 9.0})
+    (spread,) = compared([near, far], round_=1).spread
+    assert (spread.worst_site, spread.worst, spread.gap) == ("b", 9.0, 3.5)
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=12))
+def test_the_spread_agrees_with_numpy(values: list[float]) -> None:
+    (found,) = compared([score(f"s{k}", v) for k, v in enumerate(values)], round_=1).spread
+    sample = np.asarray(values)
+    assert found.deviation == pytest.approx(sample.std(), abs=1e-12)
+    assert found.gap == pytest.approx(sample.mean() - sample.min(), abs=1e-12)
+    assert found.worst <= found.mean + 1e-12 and found.mean <= found.best + 1e-12
+    assert 1 / len(values) - 1e-9 <= found.jain <= 1 + 1e-9
+    if (sample**2).sum() > 0:
+        assert found.jain == pytest.approx(sample.sum() ** 2 / len(values) / (sample**2).sum())
+
+
+def test_the_withheld_are_named_and_never_counted() -> None:
+    plan = built_plan()
+    stages = (
+        measuring(2, told("a", 0.1), told("b", 0.2), told("c", 0.3)),
+        measuring(3, told("a", 0.9), told("b", None, None), told("d", None, 0), told("e", 0.7)),
+    )
+    found = across(plan, stages, ["f"])
+    assert found.round == 3
+    assert found.named("measured") == ("e", "a")
+    assert found.named("withheld") == ("b",)
+    assert found.named("absent") == ("c", "d", "f")
+    assert found.spread[0].mean == pytest.approx(0.8)
+    said = " ".join(sentences(found))
+    assert "Withheld: b. The worst hospital may be among those." in said
+    assert "c, d and f" in said
+
+
+def test_a_plan_that_withholds_metrics_leaves_every_hospital_named_as_withheld() -> None:
+    plan = built_plan(privacy={"guarantee": "none", "outputs": {"metrics": "none"}})
+    enlisted = measuring(0, told("a", None, 4), told("b", None, 4)).model_copy(
+        update={"stage": "enlist"}
+    )
+    found = across(plan, (enlisted,))
+    assert found.named("withheld") == ("a", "b") and found.spread == ()
+    assert sentences(found) == (
+        "No hospital’s number is known to the coordinator.",
+        "Withheld: a and b. The worst hospital may be among those.",
+    )
+
+
+def test_one_hospital_has_no_spread() -> None:
+    assert compared([score("a", 0.9)], round_=1).spread == ()
+
+
+def test_a_rule_that_passes_one_update_on_says_so() -> None:
+    krum = {"strategy": "fedavg", "weighting": "uniform", "minimum_sites": 5, "rounds": 3}
+    plan = built_plan(aggregation=krum | {"combine": {"rule": "krum", "byzantine": 1}})
+    assert "one hospital alone" in crosssite.own_elsewhere(plan)
+    assert "one hospital alone" not in crosssite.own_elsewhere(make_plan())
+
+
+def test_a_simulation_is_compared_by_its_patients() -> None:
+    result = make_result()
+    found = simulated(result)
+    assert found is not None
+    federated = result.arm("federated")
+    assert federated is not None
+    by_hand = {
+        site.name: np.mean([p.mean_dice for p in federated.of_site(site.name)])
+        for site in result.sites
+    }
+    assert found.scores[0].site == min(by_hand, key=lambda site: by_hand[site])
+    assert found.scores[0].values["dice"] == pytest.approx(min(by_hand.values()))
+    assert {s.metric for s in found.spread} == {"dice", "hd95", "nsd"}
+
+
+def test_the_report_names_the_worst_and_the_withheld(tmp_path: Path) -> None:
+    result = make_result()
+    last = [r for r in result.stages if r.stage == "evaluate"][-1]
+    answers = (last.answers[0].model_copy(update={"scores": {}}), *last.answers[1:])
+    changed = last.model_copy(update={"answers": answers})
+    stages = tuple(changed if record is last else record for record in result.stages)
+    html = _html(result.model_copy(update={"stages": stages}), tmp_path)
+    section = html.split('id="across"')[1].split("</section>")[0]
+    assert "fares worst at" in section and "<td>withheld</td>" in section
+    assert "passes no hospital’s model" in section
+
+
+def _html(result: StudyResult, folder: Path) -> str:
+    write_report(result, (), folder / "report.html")
+    return (folder / "report.html").read_text(encoding="utf-8")
