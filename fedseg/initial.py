@@ -24,12 +24,17 @@ def load_initial(path: Path) -> dict[str, NDArray[Any]] | None:
     """The initial model beside a plan file, or None where there is none.
 
     Raises:
-        PlanError: the model there is not the one that the plan names.
+        PlanError: the model there is not the one that the plan names, or is a hospital's own.
     """
     plan = load_plan(path)
     if plan.initial is None or not initial_path(path).exists():
         return None
     header, tensors = load_model(initial_path(path))
+    if header.stays:
+        raise PlanError(
+            f"{initial_path(path).name} is one hospital's own model, made without a guarantee: it "
+            "does not leave that hospital, so no study starts from it"
+        )
     if header.model_digest != plan.initial.digest:
         raise PlanError(
             f"{initial_path(path).name} is not the model that the plan names: "

@@ -16,18 +16,20 @@ from fedseg.frozen import Digest, Frozen
 from fedseg.plan import StudyPlan
 
 MAX_MODEL_BYTES = 8 * 1024**3
+FINETUNED = "finetuned"
 
 
 class ModelHeader(Frozen):
     """What is needed to use a model, and where it comes from.
 
     Attributes:
-        arm: how it was trained: federated, pooled, local, or initial.
+        arm: how it was trained: federated, pooled, local, initial, personal, or finetuned.
         rounds: closed rounds of training.
         released: digest of the shared model that a hospital's own one was made from; None where
             it is the shared one itself.
-        private: whether it keeps the guarantee of its plan: False where the noise was seeded, None
-            where there is no guarantee, or nothing was trained on patients yet.
+        private: whether it keeps the guarantee of its plan: False where the noise was seeded or
+            where it was fine-tuned without any, None where there is no guarantee, or nothing was
+            trained on patients yet.
     """
 
     format: Literal["fedseg-model/1"] = "fedseg-model/1"
@@ -45,7 +47,14 @@ class ModelHeader(Frozen):
             raise ValueError("the plan's digest is not that of the plan")
         if self.private is not None and self.plan.private is None:
             raise ValueError("a plan without a guarantee gives no model that keeps one")
+        if self.arm == FINETUNED and self.released is None:
+            raise ValueError("a fine-tuned model names the shared one that it was made from")
         return self
+
+    @property
+    def stays(self) -> bool:
+        """True for what one hospital made of its own patients without a guarantee."""
+        return self.released is not None and not self.private
 
 
 def save_model(
@@ -57,13 +66,16 @@ def save_model(
     rounds: int,
     seeded: bool = False,
     released: str | None = None,
+    mode: int = 0o644,
 ) -> None:
     """Write a model file, atomically.
 
     Args:
         seeded: its noise was seeded, so that it keeps no guarantee whatever its plan says.
         released: see `ModelHeader`.
+        mode: of the file.
     """
+    kept = not seeded and arm != FINETUNED
     header = ModelHeader(
         plan=plan,
         plan_digest=plan.digest,
@@ -71,9 +83,9 @@ def save_model(
         arm=arm,
         rounds=rounds,
         released=released,
-        private=not seeded if plan.private is not None and rounds else None,
+        private=kept if plan.private is not None and rounds else None,
     )
-    write_atomically(path, packed(header, model))
+    write_atomically(path, packed(header, model), mode)
 
 
 def load_model(path: Path) -> tuple[ModelHeader, dict[str, NDArray[Any]]]:

@@ -110,10 +110,17 @@ def started_from(
         drawn: tensors of such a model, for fresh adapters.
 
     Raises:
-        PlanError: the model is of another network or task, or not finite.
+        PlanError: the model is of another network or task, or not finite, or does not leave the
+            hospital that made it.
         DataError, TrustError: the file cannot be read or trusted.
     """
     header, tensors = load_model(start)
+    if header.stays:
+        raise PlanError(
+            f"{start.name} cannot be the initial model: one hospital trained it on its own "
+            "patients without a guarantee, so it does not leave that hospital; start from the "
+            "shared model, or from one that was pre-trained on public data"
+        )
     for field, own, other in _parts(plan, header.plan):
         if own != other:
             raise PlanError(
