@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedseg.errors import DataError, StorageError
 from fedseg.evaluation.evaluate import evaluate_cohort
-from fedseg.evaluation.inference import predict_mask
+from fedseg.evaluation.inference import predict_mask, predict_with_confidence
 from fedseg.evaluation.predict import predict_images, write_mask
 from fedseg.imaging.cache import CaseCache
 from fedseg.imaging.cases import Case, Cohort
@@ -87,6 +87,16 @@ def test_equal_models_give_equal_masks_and_no_gradients(dimensions: int) -> None
         first, predict_mask(network, case_of((13, 9, 10)), plan.task, 0.25)
     )
     assert all(parameter.grad is None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_confidence_is_the_softmax_of_the_label_that_is_chosen(dimensions: int) -> None:
+    network, case = Threshold().train(), case_of((13, 9, 4))
+    mask, confidence = predict_with_confidence(network, case, plan_of(dimensions).task, 0.5)
+    np.testing.assert_array_equal(mask, predict_mask(network, case, plan_of(dimensions).task, 0.5))
+    expected = 1 / (1 + np.exp(-2 * np.abs(case.image[0])))
+    np.testing.assert_allclose(confidence, expected, atol=1e-5)
+    assert confidence.dtype == np.float32 and network.training
 
 
 HALF = (0.5 - 0.15) / (0.15 * 0.85) ** 0.5  # half of the brightness of 15 % bright voxels
