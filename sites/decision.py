@@ -131,7 +131,8 @@ def approve(
     bundle = pinned_bundle(folder, study)
     lists = lists_of(folder, bundle)
     roll = lists.current.roll
-    require_permitted(folder, bundle.plan, key, chosen.patients.get("train", 0))
+    patients = _training_patients(folder, bundle.plan, chosen, cohort, key, now)
+    require_permitted(folder, bundle.plan, key, patients)
     if roll.expires < datetime.fromisoformat(now()):
         raise TrustError(
             f"the list of sites of {study} expired on {roll.valid_until}: ask the consortium for a "
@@ -196,6 +197,25 @@ def refuse(
     if plan.private is not None:
         close_register(folder, study, "the plan was refused", key, now)
     return before
+
+
+def _training_patients(
+    folder: SiteFolder,
+    plan: StudyPlan,
+    chosen: CohortRecord,
+    cohort: Cohort | None,
+    key: SigningKey,
+    now: Callable[[], str],
+) -> int:
+    """How many of the chosen patients can be trained on; a refusal is audited."""
+    from sites.ledger import training_patients
+
+    try:
+        with as_owner_of(folder.trainer):
+            return training_patients(folder, plan, chosen, cohort, key, now)
+    except (DataError, TrustError) as error:
+        _audit_refusal(folder, plan, key, "ledger", error, now)
+        raise
 
 
 def _register(

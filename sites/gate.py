@@ -212,7 +212,7 @@ class Gate:
     ) -> Ready:
         """Check an authentic task against what was approved, and answer it."""
         approval = self._admission.approval(header)
-        self._worker.read_ledger()
+        self._worker.read_ledger(said.stage if said else None)
         if said is None:
             raise TrustError("what the study's key signed is no task")
         require_place(said, self._plan)
@@ -233,7 +233,7 @@ class Gate:
         self.doing = Doing(self._study, said.round, said.stage, self._now().isoformat())
         if due > came:
             self._held = (self.doing, due)
-        plain = self._worker.work(task, approval)
+        plain = self._worker.work(task, said.stage, approval)
         self._admission.require_still(approval)
         out = outgoing(plain, self._plan, self._suppress_below())
         self._answers.keep(slot, name, plain)

@@ -27,6 +27,7 @@ from sites.policy import limits_of, load_policy
 if TYPE_CHECKING:
     from fedseg.imaging.cases import Cohort
     from fedseg.plan import StudyPlan
+    from sites.approval import CohortRecord
 
 SECRET_BYTES = 32
 Now = Callable[[], str]
@@ -99,15 +100,19 @@ def register(
     ledger.register(event, limits, epsilon=promise.epsilon, delta=promise.delta)
 
 
-def require_registered(ledger: Ledger, plan: StudyPlan) -> None:
+def require_registered(ledger: Ledger, plan: StudyPlan, *, closed_too: bool = False) -> None:
     """Accept a private plan whose register is open in the ledger.
+
+    Args:
+        closed_too: or closed, for what touches no patient.
 
     Raises:
         PrivacyError: it is not registered, for another plan, or closed.
         TrustError: the ledger was put back or removed while it was in use.
     """
     study = ledger.refresh().studies.get(plan.study)
-    if study is None or study.registered.plan != plan.digest or study.closed is not None:
+    known = study is not None and study.registered.plan == plan.digest
+    if study is None or not known or (study.closed is not None and not closed_too):
         raise PrivacyError(
             f"the plan of {plan.study} has no open register in the ledger, so nobody would be "
             f"charged: `fedseg-site plan approve {plan.study}` makes one"
@@ -131,6 +136,36 @@ def close(folder: SiteFolder, study: str, reason: str, signing: SigningKey, now:
         return False
     ledger.close(study, reason)
     return True
+
+
+def training_patients(
+    folder: SiteFolder,
+    plan: StudyPlan,
+    chosen: CohortRecord,
+    cohort: Cohort | None,
+    signing: SigningKey,
+    now: Now,
+) -> int:
+    """How many patients of chosen data can be trained on: who withdrew cannot.
+
+    Args:
+        cohort: what `chosen` is of, where it was just looked at; else it is read where somebody
+            withdrew.
+
+    Raises:
+        TrustError: the ledger was edited or rolled back.
+        DataError: the data changed since they were chosen.
+    """
+    known = bool(_witness(folder, signing, now).seen() or sound_rows(folder.ledger))
+    if not (folder.ledger.exists() and known):  # none yet, or one whose beginning a crash cut short
+        return chosen.patients.get("train", 0)
+    ledger, _ = look_at(folder, signing, now)
+    if not ledger.book.withdrawn:
+        return chosen.patients.get("train", 0)
+    from sites.cohort import recorded_cohort
+
+    cohort = cohort or recorded_cohort(folder.record.name, plan, chosen)
+    return len(without_withdrawn(ledger, cohort).split("train").patients)
 
 
 def without_withdrawn(ledger: Ledger, cohort: Cohort) -> Cohort:

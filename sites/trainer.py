@@ -125,6 +125,11 @@ class Trainer:
         self._model_file = models / f"{plan.study}.safetensors"
         self._lock = threading.Lock()
 
+    @property
+    def training_patients(self) -> int:
+        """How many patients it trains on; who withdrew before it was made is none of them."""
+        return len(self._patients)
+
     def handle(self, task: Buffer) -> bytes:
         """Answer one task. Never raises: a refusal is an answer with one coarse code."""
         with self._lock:

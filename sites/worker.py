@@ -20,13 +20,14 @@ from fedseg.updates import AnswerHeader, RefusalCode
 from sites.approval import Approval
 from sites.folder import SiteFolder
 from sites.journal import Journal
-from sites.policy import limits_of, load_policy
+from sites.policy import authorise, limits_of, load_policy
 
 if TYPE_CHECKING:
     from fedseg.privacy.ledger import Ledger
     from sites.trainer import Trainer
 
 JOURNAL = "journal.jsonl"
+RELEASE = "release"
 MakeTrainer = Callable[[SiteFolder, str, StudyPlan, "Ledger | None"], "Trainer"]
 
 
@@ -64,10 +65,14 @@ class Worker:
         self.trainer: tuple[object, Trainer] | None = None
         self._ledger: Ledger | None = None
 
-    def read_ledger(self) -> None:
+    def read_ledger(self, stage: str | None) -> None:
         """Look at the ledger as it is now; a private plan that is not in it is refused.
 
         A ledger that is not what it was is opened anew at the next task: it may have been restored.
+        The released model costs nobody anything, and comes where the study was closed as well.
+
+        Args:
+            stage: the task's; None where it is no task.
 
         Raises:
             PrivacyError: nobody would be charged for the plan.
@@ -83,15 +88,17 @@ class Worker:
                 self._ledger = open_ledger(self._folder, self._signing, now)
             self._ledger.refresh()
             if self._plan.private is not None:
-                require_registered(self._ledger, self._plan)
+                over = stage == RELEASE
+                require_registered(self._ledger, self._plan, closed_too=over)
         except TrustError:
             self._ledger = self.trainer = None
             raise
 
-    def work(self, task: mmap.mmap, approval: Approval) -> bytes:
+    def work(self, task: mmap.mmap, stage: str, approval: Approval) -> bytes:
         """Have the trainer answer; what it refuses is raised, and not stored.
 
         Raises:
+            PrivacyError: so many patients withdrew that the policy's smallest_cohort is not met.
             TrainerRefusedError: with the code that leaves; the message stays.
         """
         withdrawn = frozenset(self._ledger.book.withdrawn) if self._ledger else frozenset()
@@ -100,7 +107,10 @@ class Worker:
             self.trainer = None
             trainer = self._make_trainer(self._folder, self._study, self._plan, self._ledger)
             self.trainer = (made_for, trainer)
-        answer = self.trainer[1].handle(task)
+        trainer = self.trainer[1]
+        if stage != RELEASE:  # once more: what was approved may name patients who withdrew since
+            authorise(load_policy(self._folder.policy), self._plan, trainer.training_patients)
+        answer = trainer.handle(task)
         body = peek(answer, AnswerHeader, max_bytes=self._limit).body
         if body.kind == "refused":
             raise TrainerRefusedError(body.code, self._reason(body.code))

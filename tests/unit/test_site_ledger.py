@@ -284,6 +284,32 @@ class TestCommands:
         assert ledger_of(site).book.studies[STUDY].closed == "over"
         assert site.code(site.ask(site.task("train", 1))) == "plan"
 
+    def test_a_closed_study_still_gives_its_model_to_the_hospital(self, site: Hospital) -> None:
+        train(site)
+        last = site.consortium.plan.aggregation.rounds
+        run(site, "close", STUDY, "--reason", "over")
+        for stage in ("enlist", "train", "evaluate"):
+            assert site.code(site.ask(site.task(stage, 0 if stage == "enlist" else 2))) == "plan"
+            assert "no open register" in str(site.audited("refused")[-1].facts["reason"])
+        assert site.said(site.ask(site.task("release", last))).body.kind == "release"
+        assert list(site.folder.models.glob(f"{STUDY}*.safetensors"))
+        assert len(ledger_of(site).book.debits) == 1, "it costs nobody anything"
+
+    def test_patients_who_withdrew_do_not_count_for_the_smallest_cohort(
+        self, site: Hospital, data: Path
+    ) -> None:
+        text = site.folder.policy.read_text()
+        site.folder.policy.write_text(text.replace("smallest_cohort: null", "smallest_cohort: 4"))
+        train(site)
+        gone, *_ = patients_of(site)
+        run(site, "withdraw", gone, "--reason", "asked for it")
+        assert site.code(site.ask(site.task("train", 2))) == "plan"
+        reason = str(site.audited("refused")[-1].facts["reason"])
+        assert "smallest_cohort" in reason and "3 of our patients" in reason
+        assert len(ledger_of(site).book.debits) == 1, "nothing was charged for what was refused"
+        with pytest.raises(PrivacyError, match=r"smallest_cohort.*3 of our patients"):
+            approved(site.folder, site.consortium, data)
+
     def test_every_command_has_an_example(self) -> None:
         for name in ("show", "budget", "verify", "export", "restore", "link", "withdraw", "close"):
             said = CliRunner().invoke(cli.app, ["ledger", name, "--help"]).stdout
