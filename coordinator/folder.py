@@ -194,6 +194,11 @@ class StudyFolder:
         return self.rounds / "outbox"
 
     @property
+    def scratch(self) -> Path:
+        """Updates of the open round, 0700; there while a robust rule combines them."""
+        return self.rounds / "scratch"
+
+    @property
     def model(self) -> Path:
         """The released model, at the end."""
         return self.rounds / "model.safetensors"

@@ -20,7 +20,7 @@ from fedseg.frozen import Frozen
 from fedseg.plan import Metric, StudyPlan
 
 Scores = dict[str, float | None]
-ArmName = Literal["federated", "pooled", "local", "initial"]
+ArmName = Literal["federated", "pooled", "local", "initial", "finetuned"]
 
 
 def mean_of(scores: Mapping[str, float | None]) -> float | None:
@@ -82,6 +82,14 @@ class SiteAnswer(Frozen):
 
     `patients` is None where the site withholds how many they are. `head` is the blinded head of
     its ledger, where it keeps one.
+
+    Attributes:
+        update_norm: L2 norm of the update, in a training stage that was closed with it; so are the
+            next three. They come from the update alone, which may be noised.
+        update_agreement: median over the other sites of the cosine between the two updates,
+            estimated to about 0.02.
+        update_cosine: of the update and what the round came to; estimated so for means.
+        update_distance: L2 distance of the two; None for means, which keep no update.
     """
 
     site: str
@@ -91,6 +99,10 @@ class SiteAnswer(Frozen):
     scores: dict[str, Scores] = {}
     bytes_up: int
     head: str | None = None
+    update_norm: float | None = None
+    update_agreement: float | None = None
+    update_cosine: float | None = None
+    update_distance: float | None = None
 
     @property
     def mean_dice(self) -> float | None:
@@ -131,10 +143,12 @@ class Arm(Frozen):
     """One way to train, measured on the held-back patients of every hospital.
 
     A private study has the arm `initial` too, the model before any training: what the guarantee
-    left of the gain is seen beside it.
+    left of the gain is seen beside it. The arm `finetuned` is the federated model as each hospital
+    trained it on for itself; the federated one again where a hospital gained nothing or could not.
 
     Attributes:
-        models: digest of the model used at each hospital (`local` has one a hospital).
+        models: digest of the model used at each hospital (`local` and `finetuned` have one a
+            hospital).
         gradient_steps: steps of the optimiser, all hospitals together.
     """
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from small_plans import answer, body_of, withheld_body
 
-from fedseg.aggregation.accumulate import MeanAccumulator
+from fedseg.aggregation.robust import combiner
 from fedseg.aggregation.rounds import (
     Outcome,
     StudyState,
@@ -49,13 +50,17 @@ def reply(task: bytes, site: str, plan: StudyPlan) -> bytes:
 
 
 def answers_of(
-    state: StudyState, plan: StudyPlan, sites: Sequence[str], failing: Sequence[str] = ()
+    state: StudyState,
+    plan: StudyPlan,
+    sites: Sequence[str],
+    failing: Sequence[str] = (),
+    scratch: Path | None = None,
 ) -> Outcome:
     """Ask every site the open stage's task and fold what they answer."""
     assert state.position is not None
     stage = state.position.stage
     task = open_stage(state, plan)
-    total = MeanAccumulator(plan.built.updated) if stage == "train" else None
+    total = combiner(plan, scratch) if stage == "train" else None
     answers = []
     for site in sites:
         data = reply(task, site, plan)
@@ -64,7 +69,7 @@ def answers_of(
             data, plan, task=task_digest(task), stage=stage, site=site, model=model
         )
         if total is not None and isinstance(header.body, Trained):
-            total.fold(delta, weight_of(header.body, plan))
+            total.fold(delta, weight_of(header.body, plan), site)
         answers.append(SiteAnswer(site=site, patients=2, bytes_up=len(data)))
     failures = tuple(SiteFailure(site=site, code="timeout", reason="late") for site in failing)
     return Outcome(len(task) * len(sites), tuple(answers), failures, total)
@@ -77,6 +82,7 @@ def run_purely(
     order: Callable[[list[str]], list[str]] = list,
     failing: Callable[[StudyState], Sequence[str]] = lambda _state: (),
     most_stages: int = 100,
+    scratch: Path | None = None,
 ) -> list[StudyState]:
     """Every state of a study from this one on, the first included; stops where it cannot go on."""
     states = [state]
@@ -87,6 +93,6 @@ def run_purely(
             break
         gone = failing(state)
         there = order([site for site in SITES if site not in gone])
-        state = close_stage(state, plan, answers_of(state, plan, there, gone))
+        state = close_stage(state, plan, answers_of(state, plan, there, gone, scratch))
         states.append(state)
     return states

@@ -15,11 +15,11 @@ from coordinator.rounds.asking import Arrival
 from coordinator.rounds.events import Observer, SiteAnswered, SiteFailed
 from coordinator.rounds.exchange import Exchange
 from coordinator.rounds.roster import Roster
-from fedseg.aggregation.accumulate import MeanAccumulator
+from fedseg.aggregation.robust import Combiner
 from fedseg.aggregation.rounds import Outcome, Position, weight_of
 from fedseg.carriage import unwrap
 from fedseg.durable import Buffer
-from fedseg.errors import RoundError, TrustError
+from fedseg.errors import RoundError, StorageError, TrustError
 from fedseg.plan import StudyPlan
 from fedseg.result import SiteAnswer, SiteFailure
 from fedseg.updates import (
@@ -43,6 +43,7 @@ class Folding:
     Args:
         position: the stage.
         task: what was asked, and its digest.
+        total: combines the updates of a training stage; None in others.
     """
 
     def __init__(
@@ -54,11 +55,11 @@ class Folding:
         roster: Roster,
         exchange: Exchange,
         observe: Observer,
+        total: Combiner | None = None,
     ) -> None:
         self._plan, self._position, (self._task, self._digest) = plan, position, task
         self._roster, self._exchange, self._observe = roster, exchange, observe
-        training = position.stage == "train"
-        self._total = MeanAccumulator(plan.built.updated) if training else None
+        self._total = total
         self._answers: dict[str, SiteAnswer] = {}
         self._failures: dict[str, SiteFailure] = {}
 
@@ -73,7 +74,11 @@ class Folding:
             self._fail(SiteFailure(site=site, code="offline", reason=reason))
 
     def take(self, node: int, message: Arrival) -> None:
-        """Take a node's answer; None where it gave none in time."""
+        """Take a node's answer; None where it gave none in time.
+
+        Raises:
+            StorageError: no room here for what the rule keeps of an update; no site is to blame.
+        """
         name = self._roster.site_of(node) or f"node-{node}"
         try:
             data = _data_of(message)
@@ -81,6 +86,8 @@ class Folding:
             if signer is not None and self._roster.site_of(node) is None:
                 name = signer
             answer = self._fold(node, signer, plain, len(data))
+        except StorageError:
+            raise
         except (AnswerError, RoundError) as error:
             code = error.code if isinstance(error, AnswerError) else "overflow"
             self._fail(SiteFailure(site=name, code=code, reason=str(error)))
@@ -115,7 +122,7 @@ class Folding:
             raise AnswerError("site", f"{header.site} has answered already")
         if self._total is not None and isinstance(body, Trained):
             self._check_patients(node, body.patients)
-            self._total.fold(delta, weight_of(body, self._plan))
+            self._total.fold(delta, weight_of(body, self._plan), header.site)
         return _answer_of(header, size)
 
     def _check_patients(self, node: int, claimed: int | None) -> None:

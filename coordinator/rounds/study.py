@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 from flwr.serverapp import Grid
@@ -27,6 +28,7 @@ from coordinator.rounds.exchange import Exchange, Plain
 from coordinator.rounds.folding import Folding
 from coordinator.rounds.parcel import Parcel
 from coordinator.rounds.roster import Roster
+from fedseg.aggregation.robust import Combiner, combiner
 from fedseg.aggregation.rounds import (
     ENLIST,
     Outcome,
@@ -40,6 +42,7 @@ from fedseg.aggregation.rounds import (
     release_task,
     require_attempts_left,
 )
+from fedseg.aggregation.spill import sweep
 from fedseg.plan import StudyPlan
 from fedseg.result import StageRecord
 from fedseg.security.identity import SignedRoll
@@ -73,6 +76,7 @@ class Study:
         exchange: Exchange | None = None,
         reask: bool = False,
         paused: Callable[[], bool] = lambda: False,
+        scratch: Path | None = None,
     ) -> None:
         """Bring a study's parts together.
 
@@ -82,6 +86,8 @@ class Study:
             reask: ask nodes again that come back while a stage's time lasts, and let sites enlist
                 late: between hospitals, where nodes are far away and tasks have stored answers.
             paused: no stage is opened while it says True; asked before every stage.
+            scratch: folder of this study's own for the updates of the open round, which robust
+                rules need; what a crash left there is removed.
         """
         self._grid, self._plan, self._store = grid, plan, store
         self._expected, self._needed = nodes, plan.aggregation.minimum_sites
@@ -89,6 +95,7 @@ class Study:
         self._clock = clock or Clock()
         self._exchange: Exchange = exchange or Plain()
         self._roster = Roster()
+        self._scratch = scratch
         self._begun = False
         self._history: tuple[StageRecord, ...] = ()
         self._roll: SignedRoll | None = None
@@ -101,6 +108,8 @@ class Study:
             RoundError: a stage failed as often as the plan allows; the last stored state stays.
         """
         self._destroy_leftovers(state)
+        if self._scratch is not None:
+            sweep(self._scratch)
         self._begin_anew()
         self._history = state.history
         if state.position is not None:
@@ -157,8 +166,14 @@ class Study:
         here = {self._roster.site_of(node) for node in nodes}
         known = {*self._exchange.sites, *self._roster.sites}
         absent = known - here if position.stage != "enlist" else set()
-        outcome = self._ask(position, task, nodes, absent=absent)
-        state = close_stage(state, self._plan, outcome)
+        training = position.stage == "train"
+        total = combiner(self._plan, self._scratch) if training else None
+        try:
+            outcome = self._ask(position, task, nodes, absent=absent, total=total)
+            state = close_stage(state, self._plan, outcome)
+        finally:
+            if total is not None:
+                total.close()
         self._store.save(state)
         self._history = state.history
         if not position.same_stage(state.position):
@@ -215,6 +230,7 @@ class Study:
         nodes: list[int],
         at_most_s: float = float("inf"),
         absent: Collection[str] = (),
+        total: Combiner | None = None,
     ) -> Outcome:
         """Send one task to nodes and fold what comes back; who is absent is named."""
         parcel = Parcel(self._exchange, position, task)
@@ -228,6 +244,7 @@ class Study:
             roster=self._roster,
             exchange=self._exchange,
             observe=self._observe,
+            total=total,
         )
         folding.absent(absent)
         asking = Asking(

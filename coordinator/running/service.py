@@ -70,6 +70,7 @@ def _serve(grid: Grid, folder: StudyFolder) -> None:
         exchange=SealedExchange(plan, key, registry=folder.registry, outbox=folder.outbox),
         reask=True,
         paused=folder.paused.exists,
+        scratch=folder.scratch,
     )
     with recorder.presence(SuperLink(folder, folder.settings())):
         try:

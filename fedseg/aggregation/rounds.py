@@ -8,13 +8,14 @@ the same bits. A stage that too few sites answered is tried again, as often as t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
 from fedseg.aggregation.accumulate import MAX_WEIGHT
+from fedseg.aggregation.likeness import Likeness, known
 from fedseg.aggregation.server import Model, Presence, ServerState, apply_update
 from fedseg.arrays import Arrays, digest_of
 from fedseg.errors import PlanError, RoundError
@@ -59,6 +60,9 @@ class Combined(Protocol):
 
     def mean(self) -> Arrays:
         """The one update that they come to, float64, by name."""
+
+    def likenesses(self) -> Mapping[str, Likeness]:
+        """Site -> how its update compares with the others' and with what they come to."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +159,11 @@ def also_received(state: StudyState, outcome: Outcome) -> StudyState:
 def close_stage(state: StudyState, plan: StudyPlan, outcome: Outcome) -> StudyState:
     """The next state. With too few answers it is the same stage again, one attempt later."""
     position = _open_position(state)
+    missing = missing_answers(position.stage, plan, outcome)
+    if missing <= 0 and outcome.total is not None:
+        outcome = _compared(outcome, outcome.total)
     history = (*state.history, _record(position, outcome))
-    if missing_answers(position.stage, plan, outcome) > 0:
+    if missing > 0:
         again = position.model_copy(update={"attempt": position.attempt + 1})
         return replace(state, position=again, history=history)
     if position.stage == "enlist":
@@ -211,6 +218,23 @@ def weight_of(body: Trained, plan: StudyPlan) -> int:
             "data", "the plan weighs updates by patients, and the site withholds them"
         )
     return body.patients
+
+
+def _compared(outcome: Outcome, total: Combined) -> Outcome:
+    """The answers with how each site's update compares with the others'."""
+    found = total.likenesses()
+
+    def figures(site: str) -> dict[str, float | None]:
+        like = found[site]
+        return {
+            "update_norm": known(like.norm),
+            "update_agreement": known(like.agreement, 4),
+            "update_cosine": known(like.cosine, 4),
+            "update_distance": known(like.distance),
+        }
+
+    answers = tuple(a.model_copy(update=figures(a.site)) for a in outcome.answers)
+    return replace(outcome, answers=answers)
 
 
 def _presence(

@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 Engine = Literal["inprocess", "ray"]
 CHECKPOINT = "checkpoint.safetensors"
+SCRATCH = "scratch"
 _PARTITION = "partition-id"
 _LOOPBACK = "127.0.0.1"
 _QUIET = {
@@ -135,7 +136,8 @@ def run_federation(
 
         def run(grid: Grid) -> None:
             nodes = len(federation.cohorts)
-            Study(grid, plan, store, nodes=nodes, observe=timed).run(state)
+            scratch = federation.folder / SCRATCH
+            Study(grid, plan, store, nodes=nodes, observe=timed, scratch=scratch).run(state)
 
         try:
             with _quiet():
