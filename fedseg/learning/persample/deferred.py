@@ -6,6 +6,7 @@ writing one for each patient takes longer than computing it. Its norm needs the 
 alone: |G^T X|^2 = sum(G G^T * X X^T) (Li et al., ICLR 2022). Once all shares are known, one plain
 backward gives the weighted sum of the batch (Bu et al., ICML 2023). X X^T is a sum over the kernel
 of shifted products of pixels, axis by axis; strides that leave few of these unfold X instead.
+A patient with several samples has the positions of all of them.
 
 The bound: the norm is computed in float64 from the very factors that go into the sum, and the most
 that adding their products in any order can round by is added to it. It holds after rounding.
@@ -37,19 +38,27 @@ STORED_NS = 2.5
 
 @dataclass(frozen=True)
 class Deferred:
-    """One convolution's weight, its gradients not computed yet; each sample is a patient."""
+    """One convolution's weight, its gradients not computed yet.
+
+    Args:
+        name: the weight's.
+        layer: the convolution.
+        x: its input.
+        gradient: at its output.
+        each: samples of every patient, side by side.
+    """
 
     name: str
     layer: _ConvNd
     x: Tensor
     gradient: Tensor
+    each: int = 1
 
     def squares(self) -> Tensor:
         """Squared norms (patients,), float64, of the gradients as they may be rounded."""
         x, gradient = _factors(self.layer, self.x, self.gradient)
-        outer = gradient.flatten(2).double()
-        first = outer.mT @ outer
-        second = _patches(x.double(), gradient, self.layer)
+        first = _inner(gradient.double(), self.each)
+        second = _patches(x.double(), gradient, self.layer, self.each)
         exact = (first * second).sum((1, 2)).clamp(min=0).sqrt()
         most = (_diagonal(first) * _diagonal(second)).clamp(min=0).sqrt().sum(1)
         rounding = (first.shape[1] + 8) * torch.finfo(self.gradient.dtype).eps
@@ -60,6 +69,7 @@ class Deferred:
 
         Those with a share of 0 take no part: theirs may not be finite.
         """
+        shares = shares.repeat_interleave(self.each)
         x, gradient, kept = self.x, self.gradient, shares > 0
         if not bool(kept.any()):
             return torch.zeros_like(self.layer.weight).detach()
@@ -71,18 +81,24 @@ class Deferred:
 
 
 def deferrable(layer: nn.Module, x: Tensor, gradient: Tensor, patients: Patients) -> bool:
-    """Whether deferring a convolution's weight is exact, and worth it."""
-    if type(layer) not in KINDS or len(patients) != len(x) or gradient.device.type != "cpu":
+    """Whether deferring a convolution's weight is exact, and worth it.
+
+    Patients with unequally many samples are not deferred.
+    """
+    each = len(x) // len(patients)
+    if type(layer) not in KINDS or gradient.device.type != "cpu":
+        return False
+    if any(p.stop - p.start != each for p in patients):
         return False
     assert isinstance(layer, _ConvNd)
     plain = layer.groups == 1 and layer.padding_mode == "zeros" and isinstance(layer.padding, tuple)
     if not plain or not x.dtype == gradient.dtype == layer.weight.dtype or x.ndim < 3:
         return False
     inputs, outputs = _factors(layer, x, gradient)
-    positions = outputs[0, 0].numel()
-    products = min(_products(inputs, outputs, layer)) + positions**2 * outputs.shape[1]
-    stored = STORED_NS * len(x) * layer.weight.numel()
-    return CALLS_NS + PRODUCT_NS * len(x) * products < stored
+    positions = each * outputs[0, 0].numel()
+    products = min(_products(inputs, outputs, layer, each)) + positions**2 * outputs.shape[1]
+    stored = STORED_NS * len(patients) * layer.weight.numel()
+    return CALLS_NS + PRODUCT_NS * len(patients) * products < stored
 
 
 def _factors(layer: _ConvNd, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,30 +110,34 @@ def _diagonal(matrices: Tensor) -> Tensor:
     return matrices.diagonal(dim1=1, dim2=2)
 
 
-def _products(inputs: Tensor, outputs: Tensor, layer: _ConvNd) -> tuple[int, int]:
-    """Multiplications that a sample's products of patches take: by pixels, and unfolded."""
-    pixels, positions = inputs[0, 0].numel(), outputs[0, 0].numel()
+def _inner(columns: Tensor, each: int) -> Tensor:
+    """Products (patients, each * n, each * n) of columns (samples, numbers, ...) with n places."""
+    samples, numbers = columns.shape[:2]
+    flat = columns.reshape(samples // each, each, numbers, -1).transpose(1, 2).flatten(2)
+    return flat.mT @ flat
+
+
+def _products(inputs: Tensor, outputs: Tensor, layer: _ConvNd, each: int) -> tuple[int, int]:
+    """Multiplications that a patient's products of patches take: by pixels, and unfolded."""
+    pixels, positions = each * inputs[0, 0].numel(), each * outputs[0, 0].numel()
     channels = inputs.shape[1]
     return pixels**2 * channels, positions**2 * channels * prod(layer.kernel_size)
 
 
-def _patches(x: Tensor, outputs: Tensor, layer: _ConvNd) -> Tensor:
-    """Products of the patches that a convolution sees: (samples, positions, positions)."""
+def _patches(x: Tensor, outputs: Tensor, layer: _ConvNd, each: int) -> Tensor:
+    """Products of the patches that a convolution sees, over all of a patient's positions."""
     sides = tuple(outputs.shape[2:])
     assert not isinstance(layer.padding, str)
-    by_pixels, by_patches = _products(x, outputs, layer)
+    by_pixels, by_patches = _products(x, outputs, layer, each)
     if by_patches < by_pixels:
-        seen = unfolded(x, sides, layer, layer.padding)
-        return seen.mT @ seen
-    flat = x.flatten(2)
-    found = (flat.mT @ flat).view(len(x), *x.shape[2:], *x.shape[2:])
+        return _inner(unfolded(x, sides, layer, layer.padding), each)
+    found = _inner(x, each).view(-1, each, *x.shape[2:], each, *x.shape[2:])
     for axis, (size, kernel, padding, dilation, stride) in enumerate(
-        zip(sides, layer.kernel_size, layer.padding, layer.dilation, layer.stride, strict=True)
+        zip(sides, layer.kernel_size, layer.padding, layer.dilation, layer.stride, strict=True), 2
     ):
-        found = _along(
-            found, (axis + 1, axis + 1 + len(sides)), size, kernel, padding, dilation, stride
-        )
-    return found.view(len(x), prod(sides), prod(sides))
+        axes = axis, axis + 1 + len(sides)
+        found = _along(found, axes, size, kernel, padding, dilation, stride)
+    return found.view(len(found), each * prod(sides), each * prod(sides))
 
 
 def _along(

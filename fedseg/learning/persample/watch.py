@@ -121,7 +121,8 @@ class Watch:
         if not deferrable(layer, x, gradient, self.patients):
             return own
         assert isinstance(layer, nn.modules.conv._ConvNd)
-        self.later.append(Deferred(weight, layer, x, gradient))
+        each = len(x) // len(self.patients)
+        self.later.append(Deferred(weight, layer, x, gradient, each))
         return {local: name for local, name in own.items() if local != "weight"}
 
     def _check_batch(self, name: str, x: Tensor) -> None:
