@@ -25,9 +25,10 @@ ARM_COLOURS = {
     "initial": "#7a3e9d",
     "local": "#b4630a",
     "federated": "#0b5f9e",
+    "finetuned": "#0a7d5a",
     "pooled": "#6b7280",
 }
-ARM_MARKERS = {"initial": "D", "local": "s", "federated": "o", "pooled": "^"}
+ARM_MARKERS = {"initial": "D", "local": "s", "federated": "o", "finetuned": "v", "pooled": "^"}
 SITE_COLOURS = (
     "#0072b2",
     "#d55e00",
@@ -71,16 +72,16 @@ def dice_chart(values: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
                 _draw_strip(axes, own, y, step * 0.28, arm=arm, rng=rng)
         for row in range(1, len(values)):
             axes.axhline(row - 0.5, color=RULE, linewidth=0.8)
-        axes.set_yticks(range(len(values)), [_short(name) for name in values])
+        axes.set_yticks(range(len(values)), [short_name(name) for name in values])
         axes.set_ylim(max(1, len(values)) - 0.5, -0.5)
         axes.set_xlabel("Dice of a patient (mean over labels)")
         axes.grid(axis="x", color=RULE, linewidth=0.6)
         axes.tick_params(length=0)
         handles = [_handle(axes, arm) for arm in arms]
         axes.legend(
-            handles, arms, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4, handlelength=1.0
+            handles, arms, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=5, handlelength=1.0
         )
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def curve_chart(curves: Sequence[Curve], ylabel: str) -> bytes:
@@ -97,7 +98,7 @@ def curve_chart(curves: Sequence[Curve], ylabel: str) -> bytes:
             axes.plot(
                 curve.rounds,
                 curve.values,
-                label=_short(curve.name),
+                label=short_name(curve.name),
                 marker="o" if few else None,
                 markersize=3.5 if not curve.bold else 5,
                 **look,
@@ -115,7 +116,7 @@ def curve_chart(curves: Sequence[Curve], ylabel: str) -> bytes:
                 handlelength=2.4,
                 labelspacing=0.3,
             )
-        return _svg(figure)
+        return svg_of(figure)
 
 
 @contextmanager
@@ -143,6 +144,26 @@ def drawing_style() -> Iterator[None]:
         yield
 
 
+def short_name(name: str) -> str:
+    """A name that fits beside a chart; never hidden from the legend by a leading underscore."""
+    name = name if len(name) <= 24 else name[:23] + "…"
+    return f"\u200b{name}" if name.startswith("_") else name
+
+
+def svg_of(figure: Figure) -> bytes:
+    """The figure as SVG with text kept as text and no date."""
+    data = io.BytesIO()
+    figure.savefig(
+        data,
+        format="svg",
+        bbox_inches="tight",
+        pad_inches=0.04,
+        metadata={"Date": None, "Creator": None},
+        transparent=True,
+    )
+    return data.getvalue()
+
+
 def _draw_strip(
     axes: Axes,
     own: NDArray[np.float64],
@@ -168,23 +189,3 @@ def _handle(axes: Axes, arm: str) -> Any:
     return axes.scatter(
         [], [], s=30, marker=ARM_MARKERS.get(arm, "o"), color=ARM_COLOURS.get(arm, INK)
     )
-
-
-def _short(name: str) -> str:
-    """A name that fits beside a chart; never hidden from the legend by a leading underscore."""
-    name = name if len(name) <= 24 else name[:23] + "…"
-    return f"\u200b{name}" if name.startswith("_") else name
-
-
-def _svg(figure: Figure) -> bytes:
-    """The figure as SVG with text kept as text and no date."""
-    data = io.BytesIO()
-    figure.savefig(
-        data,
-        format="svg",
-        bbox_inches="tight",
-        pad_inches=0.04,
-        metadata={"Date": None, "Creator": None},
-        transparent=True,
-    )
-    return data.getvalue()

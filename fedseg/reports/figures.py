@@ -108,11 +108,16 @@ def choose_patients(patients: Sequence[PatientScores]) -> dict[Rank, str]:
     return {"best": names[-1], "median": names[(len(names) - 1) // 2], "worst": names[0]}
 
 
-def overlay_pictures(overlay: Overlay, labels: Mapping[str, int]) -> tuple[bytes, bytes]:
+def overlay_pictures(
+    overlay: Overlay, labels: Mapping[str, int], *, at_error: bool = False
+) -> tuple[bytes, bytes]:
     """Two JPEGs of the same cuts: the image alone, and with truth (filled) and prediction (lines).
 
     The cuts are axial, coronal and sagittal through the truth's largest cross-section (the
     prediction's where the truth is empty), cropped around both, true to scale in mm.
+
+    Args:
+        at_error: cut where truth and prediction differ most instead, if they differ at all.
 
     Raises:
         ValueError: image, truth and prediction differ in shape or have not three axes.
@@ -122,7 +127,8 @@ def overlay_pictures(overlay: Overlay, labels: Mapping[str, int]) -> tuple[bytes
     ):
         raise ValueError("image, truth and prediction must have the same shape (X, Y, Z)")
     box = _crop(overlay)
-    cuts = [_Cut(p, _cut_index(overlay, p.axis), box) for p in visible_planes(overlay)]
+    wrong = (overlay.truth != overlay.prediction) if at_error else None
+    cuts = [_Cut(p, _cut_index(overlay, p.axis, wrong), box) for p in visible_planes(overlay)]
     window = _window(overlay.image[box])
     pictures = []
     for outlined in (False, True):
@@ -150,9 +156,9 @@ def label_colours(labels: Mapping[str, int]) -> dict[str, str]:
     return dict(zip(labels, cycle(LABEL_COLOURS), strict=False))
 
 
-def _cut_index(overlay: Overlay, axis: int) -> int:
-    """Where the labels' cross-section is largest; the middle where nothing is labelled."""
-    for mask in (overlay.truth, overlay.prediction):
+def _cut_index(overlay: Overlay, axis: int, first: NDArray[np.bool_] | None) -> int:
+    """Where `first`, else the labels' cross-section, is largest; the middle of an empty image."""
+    for mask in (*(() if first is None else (first,)), overlay.truth, overlay.prediction):
         area = np.count_nonzero(mask, axis=tuple(a for a in range(3) if a != axis))
         if area.any():
             return int(np.argmax(area))
