@@ -23,6 +23,22 @@ SIZES = {"down.weight": 1800, "down.bias": 8, "up.weight": 600}
 
 
 @lru_cache
+def scored_plan(evaluations: int = 4, epsilon: float = 1.0) -> StudyPlan:
+    """A plan that releases dice and nsd of two labels, calibrated at delta 1e-5."""
+    metrics = calibrate(epsilon, 1e-5, [(1.0, evaluations)])
+    plan = private_plan(
+        noise=calibrate(epsilon, 1e-5, [(1.0, evaluations)]),
+        metrics=metrics,
+        promise={"epsilon": epsilon, "delta": 1e-5, "expected_validation": 7},
+        training={"steps_per_round": 1},
+        aggregation={"rounds": evaluations},
+    )
+    task = plan.task.model_copy(update={"labels": {"ball": 1, "shell": 2}})
+    evaluation = plan.evaluation.model_copy(update={"metrics": ("dice", "nsd")})
+    return plan.model_copy(update={"task": task, "evaluation": evaluation})
+
+
+@lru_cache
 def audited_plan(rate: float = 1.0, steps: int = 5, epsilon: float = 1.0) -> StudyPlan:
     """A calibrated plan at delta 1e-5; three patches a patient."""
     noise = calibrate(epsilon, 1e-5, [(rate, steps)])

@@ -129,10 +129,12 @@ def _show(found: Audit) -> None:
     table = Table("", "epsilon", "ceiling", "guesses right", title="audit of the privacy claim")
     table.add_row(f"claimed, at delta {found.delta:g}", f"{found.claimed:.4g}", "", "")
     table.add_row("by the accountant", f"{found.accounted:.4g}", "", "")
-    for name, bound in (
-        ("at least", found.bound),
-        ("at least, any mechanism", found.any_mechanism),
-    ):
+    bounds = [("at least", found.bound), ("at least, any mechanism", found.any_mechanism)]
+    if found.metrics is not None:
+        accounted = f"{found.metrics.accounted:.4g}"
+        table.add_row("noised metrics, by the accountant", accounted, "", "")
+        bounds.append(("noised metrics, at least", found.metrics.bound))
+    for name, bound in bounds:
         table.add_row(
             f"{name} ({bound.confidence:.0%} confidence)",
             f"{bound.epsilon:.3f}",

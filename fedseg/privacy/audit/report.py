@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import floor
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from fedseg.privacy.audit.checks import (
     share_check,
 )
 from fedseg.privacy.audit.membership import Membership
+from fedseg.privacy.audit.metrics import MetricsAudit, metrics_audited
 from fedseg.privacy.audit.rounds import idle_rounds, one_patients_share
 from fedseg.privacy.mechanisms import Mechanism
 from fedseg.privacy.noise import Noise
@@ -46,6 +47,7 @@ class Audit:
         bound: on the schedule's privacy profile; the verdict rests on it and on the checks.
         any_mechanism: the bound without assumptions.
         checks: of noise and sampling by themselves.
+        metrics: the same attack on noised metrics; None where the plan releases none.
         membership: on real patients; None where none were given.
     """
 
@@ -56,6 +58,7 @@ class Audit:
     bound: Bound
     any_mechanism: Bound
     checks: tuple[Check, ...]
+    metrics: MetricsAudit | None = None
     membership: Membership | None = None
 
     @property
@@ -67,9 +70,15 @@ class Audit:
                 f"canaries show an epsilon of at least {_down(self.bound.epsilon)}, above the "
                 f"claimed {self.claimed:g}"
             )
-        if self.accounted > self.claimed * (1 + ROUNDING):
+        if self.metrics is not None and self.metrics.bound.epsilon > self.claimed:
             found.append(
-                f"the plan's noise and schedule give epsilon {self.accounted:.4g} by the "
+                "noised metrics show an epsilon of at least "
+                f"{_down(self.metrics.bound.epsilon)}, above the claimed {self.claimed:g}"
+            )
+        accounted = max(self.accounted, self.metrics.accounted if self.metrics else 0.0)
+        if accounted > self.claimed * (1 + ROUNDING):
+            found.append(
+                f"the plan's noise and schedule give epsilon {accounted:.4g} by the "
                 f"accountant, above the claimed {self.claimed:g}: build the plan again"
             )
         found += [
@@ -91,12 +100,14 @@ class Audit:
         if self.reasons:
             return "REFUTED: " + "; ".join(self.reasons)
         blind = " It could not have refuted the claim at all: take more canaries."
+        bounds = [self.bound, *([self.metrics.bound] if self.metrics else ())]
+        ceiling = min(bound.ceiling for bound in bounds)
+        wrongly = sum(1 - bound.confidence for bound in bounds) + SIGNIFICANT * len(self.checks)
         return (
             f"Not refuted: nothing speaks against epsilon {self.claimed:g} at delta "
             f"{self.delta:g}. That is no proof. The audit can see an epsilon of up to "
-            f"{_down(self.bound.ceiling)}, and refutes an honest mechanism in at most "
-            f"{1 - self.bound.confidence + SIGNIFICANT * len(self.checks):.1%} of audits."
-            + (blind if self.bound.ceiling <= self.claimed else "")
+            f"{_down(ceiling)}, and refutes an honest mechanism in at most {wrongly:.1%} of audits."
+            + (blind if ceiling <= self.claimed else "")
         )
 
     @property
@@ -119,12 +130,12 @@ def audited(
     seed: int,
     progress: Callable[[str], None] = lambda _step: None,
 ) -> Audit:
-    """Audit a plan's mechanism: canaries over the whole study, then the trainer's own round.
+    """Audit a plan: canaries over the whole study, the trainer's own round, noised metrics.
 
     Args:
         plan: private and built.
         sizes: trained tensors of its network by name, and how many numbers each has.
-        canaries: in the thousands; see the ceiling.
+        canaries: in the thousands; see the ceiling. As many studies are run for noised metrics.
         seed: the same seed gives the same audit.
         progress: is told of each step.
 
@@ -133,15 +144,18 @@ def audited(
     """
     seen = transcript(plan, sizes, canaries, seed, progress=progress)
     idle = idle_rounds(plan, *IDLE, Noise.seeded(seed, "audit draws"))
-    return judged(
+    metrics = metrics_audited(plan, canaries, seed, CONFIDENCE)
+    found = judged(
         plan,
         seen,
         (
             sampling_check(idle.drawn, promise_of(plan).rate, seed),
             idle_check(idle.noise, plan.noise.training),
             share_check(one_patients_share(plan, seed)),
+            *([metrics.check] if metrics else ()),
         ),
     )
+    return replace(found, metrics=metrics)
 
 
 def judged(plan: StudyPlan, seen: Transcript, besides: tuple[Check, ...] = ()) -> Audit:
