@@ -14,6 +14,7 @@ from fedseg.durable import write_atomically
 from fedseg.errors import RoundError
 from fedseg.plan import StudyPlan, load_plan, parse_plan
 from fedseg.planfile import build, example, initial_path
+from fedseg.strategy import Strategy
 
 if TYPE_CHECKING:
     from fedseg.simulation.deployment import Deployment
@@ -23,8 +24,20 @@ EPILOG = """Examples:
 fedseg federation --out federation
 
 fedseg federation --out federation --sites 4 --rounds 10
+
+fedseg federation --out scaffold --strategy scaffold
 """
 TIMEOUT_S = 3600.0
+# What a strategy cannot do without.
+NEEDED: dict[Strategy, dict[str, dict[str, Any]]] = {
+    "fedprox": {"aggregation": {"proximal_mu": 0.01}},
+    "ditto": {"aggregation": {"ditto_lambda": 0.1}},
+    "scaffold": {
+        "training": {
+            "optimiser": {"name": "sgd", "learning_rate": 0.1, "momentum": 0.0, "state": "reset"}
+        }
+    },
+}
 
 
 def run(
@@ -33,6 +46,9 @@ def run(
     ),
     sites: Annotated[int, typer.Option(min=2, max=8, help="How many hospitals.")] = 3,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of training.")] = 4,
+    strategy: Annotated[
+        Strategy, typer.Option(help="How the hospitals learn together: docs/strategies.md.")
+    ] = "fedavg",
     compare: Annotated[
         bool, typer.Option(help="Simulate the same study too and compare the models.")
     ] = True,
@@ -51,7 +67,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     plan_file, data = out / "study.yaml", out / "data"
     if not plan_file.exists():
-        write_plan(plan_file, rounds, sites)
+        write_plan(plan_file, rounds, sites, strategy)
     if not (data / "sites.csv").exists():
         console.print(f"making phantoms of {sites} hospitals")
         write_phantoms(data, sites=sites, patients_per_site=6)
@@ -69,13 +85,17 @@ def run(
     _conclude(console, deployment, data, out, compare=compare)
 
 
-def write_plan(path: Path, rounds: int, sites: int) -> StudyPlan:
+def write_plan(path: Path, rounds: int, sites: int, strategy: Strategy = "fedavg") -> StudyPlan:
     """The phantoms' plan with fewer rounds, and with it the model that it starts from."""
     plan = parse_plan(example("phantoms").encode())
     value = plan.model_dump(mode="json", exclude={"initial"})
     value["study"] = "federation"
     value["training"]["schedule"]["warmup_rounds"] = 0
-    value["aggregation"] |= {"rounds": rounds, "minimum_sites": sites, "round_timeout_s": 900}
+    value["aggregation"] = {
+        "strategy": strategy, "rounds": rounds, "minimum_sites": sites, "round_timeout_s": 900,
+    }  # fmt: skip
+    for section, fields in NEEDED.get(strategy, {}).items():
+        value[section] |= fields
     value["evaluation"]["every_rounds"] = rounds
     return write_plan_file(path, value)
 
@@ -100,13 +120,12 @@ def _conclude(
     """
     from fedseg.modelfile import load_model
     from fedseg.planfile import load_initial
+    from fedseg.simulation.federation import site_folder
     from fedseg.simulation.study import Options, simulate
 
     study = deployment.plan.study
-    models = {
-        name: deployment.site(name).path / "models" / f"{study}.safetensors"
-        for name in deployment.data
-    }
+    file = f"models/{study}.safetensors"
+    models = {name: deployment.site(name).path / file for name in deployment.data}
     digests = {name: load_model(path)[0].model_digest for name, path in models.items()}
     for name, path in models.items():
         console.print(f"{name} holds the final model: {path.relative_to(out)}")
@@ -117,8 +136,10 @@ def _conclude(
         initial=load_initial(deployment.plan_file), resume=(out / "simulated").exists()
     )
     result = simulate(deployment.plan, data, out / "simulated", options)
-    if set(digests.values()) != {result.model_digest}:
-        raise RoundError(f"the simulation gives another model ({result.model_digest}): {digests}")
+    folders = {name: site_folder(out / "simulated" / "federated", name) for name in models}
+    simulated = {name: load_model(path / file)[0].model_digest for name, path in folders.items()}
+    if digests != simulated:
+        raise RoundError(f"the simulation gives other models: {simulated}, not {digests}")
     console.print(
         f"the simulation gives the same model, bit for bit: {result.model_digest[:16]}..."
     )
