@@ -159,7 +159,7 @@ class Estimate(Frozen):
     """A mean over patients with its 95 % interval; None where it cannot be told.
 
     Attributes:
-        patients: over how many.
+        patients: over how many; below six of them there is no interval.
     """
 
     patients: Natural
@@ -221,7 +221,7 @@ class Comparison(Frozen):
         a_higher: patients in whom `a` is higher; ties count for neither.
         unpaired: patients left out because the measure is undefined under one of the two.
         standardised: mean difference over its standard deviation (Cohen's d of pairs).
-        p: two-sided, by flipping the signs of the differences; None below two patients.
+        p: two-sided, by flipping the signs of the differences; None below six patients.
         p_adjusted: by Holm over the comparisons of the same family.
         outcome: for Dice alone: what may be said of `a` against `b`.
     """
