@@ -94,4 +94,5 @@ def _score(
         x, y, z = np.linalg.norm(volume.affine_ras[:3, :3], axis=0).tolist()
         spacing_mm = (x, y, z)
     tolerance = plan.evaluation.tolerance_mm
-    return score_case(mask, truth, spacing_mm, plan.task.labels, metrics, tolerance)
+    labels, annotated = plan.task.labels, case.annotated
+    return score_case(mask, truth, spacing_mm, labels, metrics, tolerance, annotated)

@@ -3,7 +3,8 @@
 The rule for empty masks, for each label by itself:
 
 - absent from truth and prediction: None for every metric, and the label does not count;
-- absent from exactly one: Dice 0, NSD 0, HD95 the diagonal of the image in mm.
+- absent from exactly one: Dice 0, NSD 0, HD95 the diagonal of the image in mm;
+- not annotated: None, whatever was predicted, since nobody knows the truth.
 
 Masks are volumes with a spacing along all three axes, also where a network sees slices. An image of
 one slice is measured as a plane: contours instead of surfaces.
@@ -11,7 +12,7 @@ one slice is measured as a plane: contours instead of surfaces.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import hypot
 from statistics import fmean
@@ -36,6 +37,7 @@ def score_case(
     labels: Mapping[str, int],
     metrics: Iterable[Metric],
     tolerance_mm: float,
+    annotated: Collection[str] | None = None,
 ) -> dict[Metric, Scores]:
     """The metrics of one case, by metric and label; the module says what empty masks give.
 
@@ -50,19 +52,27 @@ def score_case(
         labels: name -> value.
         metrics: which to compute.
         tolerance_mm: of NSD.
+        annotated: names of the labels that the truth marks; None is all of them.
 
     Raises:
         ValueError: the masks have different shapes, or not three axes.
     """
     if prediction.shape != truth.shape or truth.ndim != 3 or len(spacing_mm) != 3:
         raise ValueError(f"masks of shape {prediction.shape} and {truth.shape} cannot be compared")
-    pairs = {name: _cropped(prediction == value, truth == value) for name, value in labels.items()}
+    pairs = {
+        name: _cropped(prediction == value, truth == value)
+        for name, value in labels.items()
+        if annotated is None or name in annotated
+    }
     plane = truth.shape[2] == 1
     spacing = tuple(spacing_mm)[: 2 if plane else 3]
     diagonal = hypot(*(n * mm for n, mm in zip(truth.shape, spacing, strict=not plane)))
     measure = _Measure(spacing, tolerance_mm, diagonal)
     return {
-        metric: {name: _score(metric, *pair, measure) for name, pair in pairs.items()}
+        metric: {
+            name: _score(metric, *pairs[name], measure) if name in pairs else None
+            for name in labels
+        }
         for metric in metrics
     }
 

@@ -1,10 +1,10 @@
 """Prepared cases on disk, so that a round reads arrays instead of scans.
 
 They are patient data: the folder is 0700 and its files 0600 whatever the umask says. An entry's
-name is SHA-256 over the bytes of the case's files, the label map, the task and the format, so that
-a changed scan or plan never meets an old entry. Entries are safetensors, written whole or not at
-all; one whose header, shapes or digest do not hold is made again, never trusted. A folder that is
-not marked as a cache of fedseg is neither filled nor purged.
+name is SHA-256 over the bytes of the case's files, the label map, the labels that it is annotated
+with, the task and the format, so that a changed scan or plan never meets an old entry. Entries are
+safetensors, written whole or not at all; one whose header, shapes or digest do not hold is made
+again, never trusted. A folder that is not marked as a cache of fedseg is neither filled nor purged.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,7 @@ class CaseCache:
         """The case as `prepare` gives it, from the cache where it is there and sound.
 
         Args:
-            case: images and label; its name, patient and site play no part.
+            case: images, label and annotated labels; its name, patient and site play no part.
             label_map: value in the files -> value in the study, as in `Manifest.label_map`.
 
         Raises:
@@ -72,20 +73,22 @@ class CaseCache:
         path = self._root / (self._key(case, label_map) + ENTRY)
         found = _open_entry(path)
         if found is not None:
-            return found
+            return replace(found, annotated=case.annotated)
         prepared = prepare(read_case(case, self._task, label_map), self._task)
         _store(path, prepared)
-        return prepared
+        return replace(prepared, annotated=case.annotated)
 
     def _key(self, case: Case, label_map: tuple[tuple[int, int], ...]) -> str:
         """SHA-256 of everything that the prepared case depends on."""
-        parts = {
+        parts: dict[str, object] = {
             "format": FORMAT,
             "images": [self._content(path) for path in case.images],
             "label": None if case.label is None else self._content(case.label),
             "label_map": sorted(label_map),
             "task": self._task.model_dump(mode="json"),
         }
+        if case.annotated is not None:
+            parts["annotated"] = case.annotated
         text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -8,7 +8,7 @@ the patients of one site. Nothing here opens an image.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +29,9 @@ class Case:
         split: train, val or test.
         images: one path a channel, in the plan's order; a folder is a DICOM series.
         label: the label map (NIfTI, or DICOM SEG), or None where the case has none.
+        annotated: names of the study's labels that the label map marks wherever they are, in the
+            plan's order; None is all of them. Of any other label it says nothing: background may
+            hold it. A hospital declares it, for all its cases alike.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Case:
     split: Split
     images: tuple[Path, ...]
     label: Path | None
+    annotated: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,26 @@ class Cohort:
     def patients(self) -> tuple[str, ...]:
         """The patients, sorted."""
         return tuple(sorted({case.patient for case in self.cases}))
+
+    @property
+    def annotated(self) -> tuple[str, ...] | None:
+        """Labels that at least one of its cases is annotated with; None is all of the plan's.
+
+        At a hospital all cases have the same; only patients of several, pooled, differ.
+        """
+        declared = [case.annotated for case in self.cases]
+        if None in declared or not declared:
+            return None
+        return tuple(dict.fromkeys(name for names in declared for name in names or ()))
+
+    def annotated_with(self, labels: Iterable[str]) -> Cohort:
+        """The same cases, annotated with these labels alone; what else is drawn is not looked at.
+
+        Args:
+            labels: names of the study's, in the plan's order.
+        """
+        names = tuple(labels)
+        return self._only(replace(case, annotated=names) for case in self.cases)
 
     def by_patient(self) -> Iterator[tuple[str, tuple[Case, ...]]]:
         """Each patient with its cases, both sorted by name."""

@@ -6,7 +6,7 @@ One HTML file without any outside resource. It shows patients: it stays in the h
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from fedseg.imaging.cases import Case, Manifest
@@ -95,7 +95,7 @@ def _picture(case: Case, manifest: Manifest, task: Task, *, flagged: bool) -> Pi
 def _volume(case: Case, manifest: Manifest, task: Task) -> Volume | None:
     """The case with its label, else without, else nothing: `inspect` has said why."""
     unlabelled = Case(case.name, case.patient, case.site, case.split, case.images, None)
-    for attempt in (case, unlabelled):
+    for attempt in (replace(case, annotated=None), unlabelled):
         try:
             return read_case(attempt, task, manifest.label_map)
         except Exception:

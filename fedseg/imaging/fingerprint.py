@@ -11,7 +11,7 @@ from fedseg.imaging.cases import Case, Cohort
 
 
 def fingerprint(cohorts: Iterable[Cohort]) -> dict[str, str]:
-    """Site -> SHA-256 over label map, patients, splits and the bytes of every file.
+    """Site -> SHA-256 over label map, declared labels, patients, splits and bytes of the files.
 
     Raises:
         DataError: a file cannot be read.
@@ -23,7 +23,8 @@ def _of_cohort(cohort: Cohort) -> str:
     """One site's digest, whatever the order of its cases."""
     hasher = hashlib.sha256(repr(sorted(cohort.label_map)).encode())
     for case in sorted(cohort.cases, key=lambda case: case.name):
-        hasher.update(repr((case.name, case.patient, case.split)).encode())
+        row = (case.name, case.patient, case.split)
+        hasher.update(repr(row if case.annotated is None else (*row, case.annotated)).encode())
         for path in _files(case):
             try:
                 with path.open("rb") as stream:

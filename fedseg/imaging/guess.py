@@ -115,10 +115,8 @@ def _labels(
 ) -> tuple[dict[str, int], tuple[tuple[int, int], ...], tuple[Finding, ...]]:
     """Label names with the task's values, the map to them, and what is odd."""
     written = label_maps.read_labels_file(folder)
-    if written is not None:
-        known = list(dict.fromkeys(written[v] for v in sorted(written)))
-        known = [name for name in known if name.casefold() != label_maps.BACKGROUND]
-        return _numbered(known), (), ()
+    if written is not None and written.values:
+        return _numbered(written.names), (), ()
     named = [n for n, v in sorted(names.items(), key=lambda item: item[1]) if v]
     if named:
         return _numbered(named), (), ()

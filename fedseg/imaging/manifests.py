@@ -107,30 +107,44 @@ def survey(
     split_of: Mapping[str, str] = {patients[row.name]: row.split or "" for row in rows}
     if not all(split_of.values()):
         split_of = assign_splits((row.patient or row.name for row in listing.rows), seed)
-    cases = [_case(row, patients[row.name], site_of, split_of) for row in rows]
+    written = label_maps.read_labels_file(folder)
+    annotated = label_maps.annotated_at(written, task, sorted(set(site_of.values())))
+    cases = [_case(row, patients[row.name], site_of, split_of, annotated) for row in rows]
     return ListedManifest(
         root=folder,
         cases=tuple(sorted(cases, key=lambda case: case.name)),
-        label_map=_label_map(folder, listing, task),
+        label_map=_label_map(written, listing, task, annotated),
         findings=(*listing.findings, *findings),
         orphans=listing.orphans,
     )
 
 
-def _case(row: Row, patient: str, site_of: Mapping[str, str], split_of: Mapping[str, str]) -> Case:
+def _case(
+    row: Row,
+    patient: str,
+    site_of: Mapping[str, str],
+    split_of: Mapping[str, str],
+    annotated: Mapping[str, tuple[str, ...]],
+) -> Case:
     """The case of a row whose split is one of the three."""
     split: Split = next(s for s in SPLITS if s == split_of[patient])
-    return Case(row.name, patient, site_of[patient], split, row.images, row.label)
+    site = site_of[patient]
+    return Case(row.name, patient, site, split, row.images, row.label, annotated.get(site))
 
 
-def _label_map(folder: Path, listing: Listing, task: Task) -> label_maps.Mapped:
+def _label_map(
+    written: label_maps.LabelsFile | None,
+    listing: Listing,
+    task: Task,
+    annotated: Mapping[str, tuple[str, ...]],
+) -> label_maps.Mapped:
     """labels.yaml first, then the dataset's names, else nothing to map."""
-    names = label_maps.read_labels_file(folder)
-    if names is not None:
-        return label_maps.map_from_file(names, task)
-    if listing.label_names is not None:
-        return label_maps.map_from_names(listing.label_names, task)
-    return ()
+    if written is not None and written.values:
+        return label_maps.map_from_file(written.values, task)
+    if listing.label_names is None:
+        return ()
+    needed = {name for names in annotated.values() for name in names} if annotated else None
+    return label_maps.map_from_names(listing.label_names, task, needed)
 
 
 def _consistent(listing: Listing, *, sited: bool) -> tuple[list[Row], list[Finding]]:

@@ -113,11 +113,12 @@ def _intensities(case: Case, volume: Volume, task: Task) -> Iterable[Finding]:
 def _label(case: Case, volume: Volume, task: Task) -> Iterable[Finding]:
     """A label without foreground."""
     if volume.label is not None and not volume.label.any():
+        named = ", ".join(task.labels if case.annotated is None else case.annotated)
         yield Finding(
             case.name,
             "warning",
             "label-empty",
-            f"the label is empty: none of {', '.join(task.labels)} occurs",
+            f"the label is empty: none of {named} occurs",
             "see that the structure is really absent; if it was not drawn, drop the case",
         )
 

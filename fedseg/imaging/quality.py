@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from fedseg.imaging.annotations import Declared, drawn, undeclared
 from fedseg.imaging.cases import Case, Manifest
 from fedseg.imaging.findings import CaseError, Finding
 from fedseg.imaging.fingerprints import Fingerprints
@@ -93,12 +94,16 @@ def inspect(
     listed = manifest if isinstance(manifest, ListedManifest) else None
     findings = list(listed.findings) if listed else []
     summaries: list[CaseSummary] = []
-    prints = Fingerprints()
+    prints, declared = Fingerprints(), Declared()
     for case in manifest.cases:
         volume, found = _read(case, task, manifest.label_map)
         findings += found
         if case.label is None and case.split != "test" and not _said(findings, case.name):
             findings.append(_unlabelled(case))
+        if volume is not None and volume.label is not None:
+            names = drawn(volume.label, task)
+            findings += undeclared(case, names)
+            declared.add(case, names)
         if volume is not None:
             summaries.append(_summary(case, volume, task))
             findings += judge(case, volume, task)
@@ -106,6 +111,7 @@ def inspect(
         if progress:
             progress(case.name)
     findings += prints.findings()
+    findings += declared.findings()
     findings += apart_from_cohort({row.case: row.spacing_mm for row in summaries})
     for name, path in listed.orphans if listed else ():
         findings += orphan_grid(name, path, task)
@@ -128,9 +134,12 @@ def usable(inspection: Inspection) -> frozenset[str]:
 def _read(
     case: Case, task: Task, label_map: Sequence[tuple[int, int]]
 ) -> tuple[Volume | None, list[Finding]]:
-    """The case, or its image alone where the label is at fault, and what went wrong."""
+    """The case, or its image alone where the label is at fault, and what went wrong.
+
+    All that is drawn is read, declared or not.
+    """
     try:
-        return read_case(case, task, label_map), []
+        return read_case(replace(case, annotated=None), task, label_map), []
     except CaseError as error:
         found = [error.of(case.name)]
     except ImportError:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedseg.imaging.annotations import only_annotated
 from fedseg.imaging.cases import Case
 from fedseg.imaging.findings import CaseError
 from fedseg.imaging.volumes import (
@@ -39,6 +40,9 @@ def read_case(case: Case, task: Task, label_map: LabelMap = ()) -> Volume:
         task: says how many channels there are and which labels.
         label_map: value in the file (segment number of a DICOM SEG) to the study's value.
 
+    Returns:
+        Labels that the case is not annotated with are background in it, also where they are drawn.
+
     Raises:
         DataError: a file is missing, broken or not of this study; the message says what to do.
     """
@@ -46,7 +50,7 @@ def read_case(case: Case, task: Task, label_map: LabelMap = ()) -> Volume:
     if case.label is None:
         return Volume(image, None, affine)
     label = _read_label(case, image.shape[1:], affine, task, label_map)
-    return Volume(image, label, affine)
+    return Volume(image, only_annotated(label, case, task), affine)
 
 
 def read_image(paths: Sequence[Path], task: Task) -> tuple[NDArray[np.float32], Affine]:

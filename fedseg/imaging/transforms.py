@@ -36,12 +36,14 @@ class PreparedCase:
         label: uint8 (X, Y, Z) in the study's values, or None.
         affine_ras: float64 (4, 4), voxel index of this grid -> RAS+ mm.
         spacing_mm: distance between voxels along X, Y and Z.
+        annotated: names of the labels that `label` marks; None is all of the plan's.
     """
 
     image: NDArray[np.float32]
     label: NDArray[np.uint8] | None
     affine_ras: NDArray[np.float64]
     spacing_mm: tuple[float, float, float]
+    annotated: tuple[str, ...] | None = None
 
 
 def prepare(volume: Volume, task: Task) -> PreparedCase:

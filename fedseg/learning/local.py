@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fedseg.arrays import Arrays, seed_for
 from fedseg.errors import DataError, NotFiniteError
 from fedseg.learning.augment import augment, margin_of
-from fedseg.learning.losses import dice_ce_per_patient
+from fedseg.learning.losses import annotated_rows, dice_ce_per_patient
 from fedseg.learning.optimiser import (
     build_optimiser,
     optimiser_arrays,
@@ -31,7 +31,7 @@ from fedseg.learning.sampling import PatchSampler, Patients, draw_patients, wind
 from fedseg.plan import StudyPlan
 from fedseg.rates import learning_rate
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, Tensor, Tensor | None]  # images, labels, what each is annotated with
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,11 @@ class _Stepper:
 
     def __call__(self, batch: Batch, rate: float) -> float:
         """Take one step; returns the mean loss, or NaN where loss or gradient is not finite."""
-        images, labels = batch
+        images, labels, annotated = batch
         self._optimiser.zero_grad(set_to_none=True)
         with self._autocast(images.device.type):
             logits = self._network(images)
-        loss = dice_ce_per_patient(logits, labels).mean()
+        loss = dice_ce_per_patient(logits, labels, annotated).mean()
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self._scaler.unscale_(self._optimiser)
         self._pull_to_anchor()
@@ -191,12 +191,13 @@ def _batches(
         list(patients), first=(round_ - 1) * count, count=count, seed=settings.seed, site=site
     )
     for first in range(0, count, settings.batch_size):
-        drawn = [sampler.draw(name, rng) for name in turns[first : first + settings.batch_size]]
-        images = torch.from_numpy(np.stack([image for image, _ in drawn])).to(device)
-        labels = torch.from_numpy(np.stack([label for _, label in drawn])).to(device)
+        drawn = [sampler.patch(name, rng) for name in turns[first : first + settings.batch_size]]
+        images = torch.from_numpy(np.stack([patch.image for patch in drawn])).to(device)
+        labels = torch.from_numpy(np.stack([patch.label for patch in drawn])).to(device)
+        annotated = annotated_rows([patch.annotated for patch in drawn], task.labels)
         if task.dimensions == 2:
             images, labels = images.squeeze(-1), labels.squeeze(-1)
-        yield augment(
+        images, labels = augment(
             images,
             labels,
             margin=margin,
@@ -204,6 +205,7 @@ def _batches(
             settings=settings.augmentation,
             rng=rng,
         )
+        yield images, labels, None if annotated is None else annotated.to(device)
 
 
 def _proximal(plan: StudyPlan) -> bool:

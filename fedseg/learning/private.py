@@ -24,7 +24,7 @@ from fedseg.arrays import Arrays, seed_for
 from fedseg.errors import NotFiniteError, PlanError
 from fedseg.learning.augment import augment, margin_of
 from fedseg.learning.local import RoundOutcome, require_fitting_state
-from fedseg.learning.losses import dice_ce_per_patient
+from fedseg.learning.losses import annotated_rows, dice_ce_per_patient
 from fedseg.learning.optimiser import (
     build_optimiser,
     optimiser_arrays,
@@ -180,6 +180,7 @@ def train_round_privately(
     site: str,
     noise: Noise,
     how: Schedule,
+    annotated: Sequence[str] | None = None,
     optimiser_state: Arrays | None = None,
     anchor: Arrays | None = None,
 ) -> RoundOutcome:
@@ -197,6 +198,8 @@ def train_round_privately(
         site: its name, for the seeds of patches.
         noise: who is drawn, noise and dropout; fresh for this round.
         how: from `prepare`, for this network and plan.
+        annotated: names of the labels that the site's patients are annotated with, all alike: a
+            declared property of the site, never of one patient. None is all of the plan's.
         optimiser_state: of the last round at this site; None begins anew.
         anchor: the round's model as arrays, for fedprox; its pull is added after the noise.
 
@@ -213,8 +216,8 @@ def train_round_privately(
     optimiser = build_optimiser(network, settings.optimiser)
     if optimiser_state:
         restore_optimiser(network, optimiser, optimiser_state)
-    names, patches, losses = sorted(patients), _Patches(patients, plan, site, device), _Losses()
-    lost = 0
+    names, patches = sorted(patients), _Patches(patients, plan, site, device)
+    losses, lost = _Losses(annotated_rows([annotated], plan.task.labels)), 0
     network.train()
     with repeatable(settings.threads, int.from_bytes(noise.bytes(8)) >> 1, device):
         for step in range(settings.steps_per_round):
@@ -339,14 +342,22 @@ class _Patches:
 
 
 class _Losses:
-    """The loss, and the mean of what it was, for the hospital's own eyes."""
+    """The loss, and the mean of what it was, for the hospital's own eyes.
 
-    def __init__(self) -> None:
+    Args:
+        annotated: (1, labels), as the loss takes it, the same for every sample.
+    """
+
+    def __init__(self, annotated: Tensor | None) -> None:
+        self._annotated = annotated
         self._sum, self._count = 0.0, 0
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """(samples,)."""
-        losses = dice_ce_per_patient(outputs, targets)
+        annotated = self._annotated
+        if annotated is not None:
+            annotated = annotated.to(outputs.device).expand(len(outputs), -1)
+        losses = dice_ce_per_patient(outputs, targets, annotated)
         finite = losses.detach()[losses.isfinite()]
         self._sum += float(finite.double().sum())
         self._count += len(finite)

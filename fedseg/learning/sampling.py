@@ -9,6 +9,7 @@ in inference.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -51,6 +52,21 @@ def draw_patients(
     return turns[skip : skip + count]
 
 
+@dataclass(frozen=True)
+class Patch:
+    """A part of a case.
+
+    Attributes:
+        image: float32 (C, X, Y, Z).
+        label: uint8 (X, Y, Z), values of the study.
+        annotated: names of the labels that `label` marks; None is all of the plan's.
+    """
+
+    image: NDArray[np.float32]
+    label: NDArray[np.uint8]
+    annotated: tuple[str, ...] | None
+
+
 class PatchSampler:
     """Draws patches of a site's patients; remembers where the labels of a case lie.
 
@@ -81,6 +97,11 @@ class PatchSampler:
         Raises:
             DataError: a case without a label map.
         """
+        patch = self.patch(patient, rng)
+        return patch.image, patch.label
+
+    def patch(self, patient: str, rng: np.random.Generator) -> Patch:
+        """The same as `draw`, with the labels that the case is annotated with."""
         cases = self._patients[patient]
         index = int(rng.integers(len(cases)))
         case = cases[index]
@@ -94,7 +115,8 @@ class PatchSampler:
         start = place_window(case.label.shape, self._patch, voxels, self._share, rng)
         x, y, z = (s - m for s, m in zip(start, self._margin, strict=True))
         a, b, c = (p + 2 * m for p, m in zip(self._patch, self._margin, strict=True))
-        return cut(case.image, (x, y, z), (a, b, c)), cut(case.label, (x, y, z), (a, b, c))
+        begin, size = (x, y, z), (a, b, c)
+        return Patch(cut(case.image, begin, size), cut(case.label, begin, size), case.annotated)
 
 
 def labelled_voxels(label: NDArray[np.uint8]) -> tuple[NDArray[np.intp], ...]:

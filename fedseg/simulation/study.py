@@ -11,7 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -54,6 +54,7 @@ from fedseg.simulation.federation import (
 from fedseg.simulation.folder import pin, refuse_occupied
 from fedseg.simulation.overlays import overlays_of
 from fedseg.simulation.rehearsal import Fault
+from fedseg.simulation.partial import withheld
 from fedseg.simulation.scoring import (
     Scorer,
     released,
@@ -80,6 +81,8 @@ class Options:
         device: of torch.
         initial: start from this model instead of the plan's seed (its digest is the plan's).
         noise_seed: repeats the noise of a private plan: everything is marked as not private.
+        without: (site, label): what a hospital is trained as if it did not annotate. Models are
+            still measured on all that is drawn there.
     """
 
     engine: Engine = "inprocess"
@@ -92,6 +95,7 @@ class Options:
     device: str = "cpu"
     initial: Mapping[str, NDArray[Any]] | None = None
     noise_seed: int | None = None
+    without: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,9 +157,10 @@ def simulate(
     if unlisted:
         text = f"{len(unlisted)} cases cannot even be listed: `fedseg-site check` names each"
         watch(Progress("federated", text))
-    cohorts, left_out = _usable_cohorts(
+    drawn, left_out = _usable_cohorts(
         manifest, plan, lambda case: watch(Progress("federated", f"checking {case}"))
     )
+    cohorts = withheld(drawn, plan.task, options.without)
     whole = Federation(
         plan=plan,
         initial=initial,
@@ -174,8 +179,8 @@ def simulate(
     for name, alone in baselines_of(whole, out, options.baselines):
         trained[name] = _run(alone, name, options, watch)
     watch(Progress("federated", "measuring"))
-    split = split_to_measure(cohorts)
-    scorer = Scorer(whole, split)
+    split = split_to_measure(drawn)
+    scorer = Scorer(replace(whole, cohorts=drawn), split)
     names: tuple[ArmName, ...] = ("federated", *options.baselines)
     arms = tuple(_arm(name, trained, scorer) for name in names)
     if plan.private is not None:
@@ -371,7 +376,7 @@ def _write(
     overlays = overlays_of(
         result,
         lambda site: scorer.holding(used_at(whole, site, final)),
-        whole.cohorts,
+        scorer.federation.cohorts,
         scorer.cache,
         scorer.split,
     )

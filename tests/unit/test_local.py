@@ -133,7 +133,8 @@ def test_a_round_is_the_plain_loop(name: str) -> None:
     optimiser = make(network.parameters(), lr=1e-3, weight_decay=1e-5, fused=True, **more)
     for round_ in (1, 2):
         with repeatable(1, seed_for(0, "A", round_, "network"), torch.device("cpu")):
-            for images, labels in _batches(PATIENTS, plan, round_, "A", torch.device("cpu")):
+            for images, labels, some in _batches(PATIENTS, plan, round_, "A", torch.device("cpu")):
+                assert some is None  # all are annotated with everything
                 optimiser.zero_grad()
                 dice_ce_per_patient(network(images), labels).mean().backward()
                 nn.utils.clip_grad_norm_(network.parameters(), 12.0)
