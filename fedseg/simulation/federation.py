@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,8 +30,9 @@ from fedseg.imaging.cases import Cohort
 from fedseg.plan import StudyPlan
 from fedseg.quiet import QUIET
 from fedseg.result import StageRecord
+from fedseg.simulation.attacks import RETRAINING, Handle, Means, label_swapped
 from fedseg.simulation.inprocess import InProcessGrid
-from fedseg.simulation.rehearsal import Fault, Handle, with_faults
+from fedseg.simulation.rehearsal import Fault, with_faults
 from sites.app import make_app as make_client_app
 from sites.journal import Journal
 
@@ -182,10 +183,21 @@ def require_sites(federation: Federation) -> None:
     never = [fault for fault in federation.faults if fault.round and fault.round > rounds]
     if never:
         raise PlanError(f"the fault {never[0]} would never happen: the plan has {rounds} rounds")
+    _require_paid(federation)
     strangers = sorted({fault.site for fault in federation.faults} - set(names))
     if strangers:
         raise PlanError(
             f"a fault is rehearsed at {strangers[0]}, but the sites are {', '.join(names)}"
+        )
+
+
+def _require_paid(federation: Federation) -> None:
+    """Refuse attacks that train beside the ledger of a private plan."""
+    unpaid = [fault for fault in federation.faults if fault.kind in RETRAINING]
+    if federation.plan.private is not None and unpaid:
+        raise PlanError(
+            f"the attack {unpaid[0]} trains a second time, which no ledger pays for: under a "
+            "guarantee rehearse sign_flip or scaled_noise"
         )
 
 
@@ -240,30 +252,55 @@ def _make_handle(federation: Federation, cohort: Cohort) -> Handle:
     """A trainer's `handle`, with the faults that are rehearsed at this site."""
     import torch
 
+    folder = site_folder(federation.folder, cohort.site)
+    torch.set_num_threads(federation.plan.training.threads)
+    try:
+        handle = _trained_at(federation, cohort, folder)
+        own = [fault for fault in federation.faults if fault.site == cohort.site]
+        return with_faults(handle, own, _means(federation, cohort, folder, own)) if own else handle
+    except Exception as error:
+        Journal(folder / "journal.jsonl").write("failed", reason=f"no trainer: {error}")
+        raise
+
+
+def _means(federation: Federation, cohort: Cohort, folder: Path, own: Sequence[Fault]) -> Means:
+    """What a site's attacks need: a trainer on exchanged labels, and one of every colluder's data.
+
+    They work in folders of their own inside the attacker's, and count as nobody's compute.
+    """
+    kinds = {fault.kind for fault in own}
+    swapped, colluders = None, {}
+    if "label_swap" in kinds:
+        exchanged = label_swapped(cohort, federation.plan.task)
+        swapped = _trained_at(federation, exchanged, folder / "attack" / "labels")
+    if "alie" in kinds:
+        together = {fault.site for fault in federation.faults if fault.kind == "alie"}
+        colluders = {
+            other.site: _trained_at(federation, other, folder / "attack" / other.site)
+            for other in federation.cohorts
+            if other.site in together - {cohort.site}
+        }
+    return Means(federation.plan.training.seed, swapped, colluders)
+
+
+def _trained_at(federation: Federation, cohort: Cohort, folder: Path) -> Handle:
+    """The `handle` of an honest trainer, which remembers its rounds in a folder."""
     from fedseg.imaging.cache import CaseCache
     from fedseg.simulation.accounts import account_of, seeded
     from sites.trainer import Trainer
 
     plan, noise = federation.plan, seeded(federation.noise_seed)
-    folder = site_folder(federation.folder, cohort.site)
-    torch.set_num_threads(federation.plan.training.threads)
-    try:
-        trainer = Trainer(
-            federation.plan,
-            cohort,
-            CaseCache(federation.cache, federation.plan.task),
-            folder,
-            models=folder / "models",
-            left_out=federation.left_out.get(cohort.site, 0),
-            device=federation.device,
-            account=account_of(plan, folder) if plan.private is not None else None,
-            noise=noise,
-        )
-    except Exception as error:
-        Journal(folder / "journal.jsonl").write("failed", reason=f"no trainer: {error}")
-        raise
-    own = [fault for fault in federation.faults if fault.site == cohort.site]
-    return with_faults(trainer.handle, own) if own else trainer.handle
+    return Trainer(
+        plan,
+        cohort,
+        CaseCache(federation.cache, plan.task),
+        folder,
+        models=folder / "models",
+        left_out=federation.left_out.get(cohort.site, 0),
+        device=federation.device,
+        account=account_of(plan, folder) if plan.private is not None else None,
+        noise=noise,
+    ).handle
 
 
 def _forget_trainers(federation: Federation) -> None:

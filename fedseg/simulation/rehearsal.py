@@ -1,14 +1,15 @@
 """Faults on purpose: what does a study do when a hospital crashes, hangs or sends nonsense?
 
 `--fault hospital_b:nan@3` makes hospital_b send NaN in round 3; without `@` it does so in every
-round. The fault sits between the site's trainer and Flower, where a real one would.
+round. The fault sits between the site's trainer and Flower, where a real one would. Attacks
+(`fedseg.simulation.attacks`) are faults too: answers that look right and are not.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -17,10 +18,12 @@ from numpy.typing import NDArray
 from fedseg.container import pack, peek, unpack
 from fedseg.errors import PlanError
 from fedseg.frozen import Frozen, SiteName
+from fedseg.simulation.attacks import ATTACKS, Attack, Handle, Means, poisoned
 from fedseg.updates import AnswerHeader, TaskHeader
 
-Handle = Callable[[bytes], bytes]
-Kind = Literal["crash", "hang", "nan", "shape", "name", "garbage", "oversized", "replay"]
+Broken = Literal["crash", "hang", "nan", "shape", "name", "garbage", "oversized", "replay"]
+Kind = Broken | Attack
+KINDS: tuple[Kind, ...] = (*get_args(Broken), *ATTACKS)
 _ANY_SIZE = 2**62
 _HANG_S = 10.0**6
 
@@ -46,18 +49,21 @@ def parse_fault(text: str) -> Fault:
     Raises:
         PlanError: it reads otherwise, or the kind is unknown.
     """
-    found = re.fullmatch(r"([A-Za-z0-9_.-]+):([a-z]+)(?:@(\d+))?", text)
-    kinds = get_args(Kind)
-    if not found or found[2] not in kinds:
+    found = re.fullmatch(r"([A-Za-z0-9_.-]+):([a-z_]+)(?:@(\d+))?", text)
+    if not found or found[2] not in KINDS:
         raise PlanError(
-            f"a fault reads SITE:KIND or SITE:KIND@ROUND with a kind of {', '.join(kinds)}; "
+            f"a fault reads SITE:KIND or SITE:KIND@ROUND with a kind of {', '.join(KINDS)}; "
             f"{text!r} came"
         )
     return Fault(site=found[1], kind=found[2], round=int(found[3]) if found[3] else None)
 
 
-def with_faults(handle: Handle, faults: Sequence[Fault]) -> Handle:
-    """A trainer's `handle` that fails in training as it is told to."""
+def with_faults(handle: Handle, faults: Sequence[Fault], means: Means | None = None) -> Handle:
+    """A trainer's `handle` that fails in training as it is told to.
+
+    Args:
+        means: what attacks need besides.
+    """
     last: list[bytes] = []
 
     def faulty(task: bytes) -> bytes:
@@ -71,6 +77,8 @@ def with_faults(handle: Handle, faults: Sequence[Fault]) -> Handle:
             time.sleep(_HANG_S)
         if due[0] == "replay" and last:
             return last[0]
+        if due[0] in ATTACKS:
+            return poisoned(due[0], task, header.round, handle, means or Means())
         answer = handle(task)
         last[:] = [answer]
         return _spoil(answer, due[0])
