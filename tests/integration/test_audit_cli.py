@@ -49,7 +49,7 @@ def audit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 def test_an_honest_plan_is_not_refuted(audit: Any, plan: Path) -> None:
     status, out, _ = audit("--plan", plan, "--canaries", 500, "--seed", 1)
     assert status == 0
-    for said in ("claimed, at delta 1e-05", "at least (95% confidence)", "ceiling", "no proof"):
+    for said in ("claimed, at delta 1e-05", "at least (95% confidence)", "noised metrics", "no proof"):
         assert said in out
     status, out, _ = audit("--plan", plan, "--canaries", 500, "--seed", 1, "--json")
     found = json.loads(out)
@@ -57,7 +57,8 @@ def test_an_honest_plan_is_not_refuted(audit: Any, plan: Path) -> None:
     assert found["claimed"] == 1.0
     assert 0 <= found["bound"]["epsilon"] <= 1.0 < found["bound"]["ceiling"]
     assert found["bound"]["confidence"] == 0.95
-    assert [check["holds"] for check in found["checks"]] == [True] * 4
+    assert [check["holds"] for check in found["checks"]] == [True] * 5
+    assert found["metrics"]["bound"]["epsilon"] <= 1.0 < found["metrics"]["bound"]["ceiling"]
 
 
 def test_patients_are_attacked_where_a_data_folder_is_given(
