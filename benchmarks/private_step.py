@@ -263,7 +263,7 @@ def _memory(field: str) -> int:
 
 def _table(rows: list[dict[str, Any]]) -> str:
     """CPU time and memory of each method, and over the plain step's."""
-    plain = {row["network"]: row["cpu_s"] for row in rows if row["method"] == "plain"}
+    plain = {r["network"]: r["cpu_s"] for r in rows if r["method"] == "plain" and "cpu_s" in r}
     lines = ["network         method             cpu s   x plain   peak MB"]
     for row in rows:
         start = f"{row['network']:<16}{row['method']:<17}"
