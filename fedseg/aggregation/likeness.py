@@ -22,6 +22,7 @@ from fedseg.arrays import Arrays
 from fedseg.plan import TensorSpec
 
 WIDTH = 4096
+SAME = 0.999
 _CHUNK = 16 * WIDTH
 Values = NDArray[np.float64]
 
@@ -33,12 +34,14 @@ class Likeness:
     Attributes:
         norm: L2 norm of the update as the site sent it.
         agreement: median over the other sites of the cosine between the two updates.
+        twin: the first other site by name whose update is the same but for its size.
         cosine: with what the round came to.
         distance: L2 distance to what the round came to, for rules that keep every update.
     """
 
     norm: float | None
     agreement: float | None = None
+    twin: str | None = None
     cosine: float | None = None
     distance: float | None = None
 
@@ -85,18 +88,30 @@ class Sketches:
         """L2 norm of a site's update."""
         return self._looks[site].norm
 
-    def agreements(self) -> dict[str, float | None]:
-        """Site -> median of its cosines with the other sites; None where it has no other."""
+    def beside(self) -> dict[str, Likeness]:
+        """Site -> norm, agreement with the others, and twin; the rest is for who combines them."""
         sites = sorted(self._looks)
         between = {
             (one, other): _cosine(self._looks[one].sketch, self._looks[other].sketch)
             for i, one in enumerate(sites)
             for other in sites[i + 1 :]
         }
-        return {
-            site: _median([v for pair, v in between.items() if site in pair and v is not None])
-            for site in sites
-        }
+        found = {}
+        for site in sites:
+            cosines = {
+                other: value
+                for pair, value in between.items()
+                if site in pair and value is not None
+                for other in pair
+                if other != site
+            }
+            twins = sorted(other for other, value in cosines.items() if value > SAME)
+            found[site] = Likeness(
+                norm=self.norm(site),
+                agreement=median(cosines.values()) if cosines else None,
+                twin=twins[0] if twins else None,
+            )
+        return found
 
     def cosines(self, shares: Mapping[str, float]) -> dict[str, float | None]:
         """Site -> cosine with the sum of all updates, each times its share."""
@@ -125,8 +140,3 @@ def _cosine(one: Values, other: Values) -> float | None:
         size = sqrt(float(np.sum(one * one))) * sqrt(float(np.sum(other * other)))
         value = float(np.sum(one * other)) / size if size else float("nan")
     return value if isfinite(value) else None
-
-
-def _median(values: list[float]) -> float | None:
-    """The median, or None of nothing."""
-    return median(values) if values else None

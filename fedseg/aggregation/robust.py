@@ -12,7 +12,7 @@ none helps against sites that lie within the spread of the honest ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
 from typing import Any, Protocol
@@ -111,11 +111,8 @@ class Folded:
 
     def likenesses(self) -> dict[str, Likeness]:
         """Cosines are estimates from sketches; no update is here any more to give a distance."""
-        agreements, cosines = self._sketches.agreements(), self._sketches.cosines(self._shares)
-        return {
-            site: Likeness(self._sketches.norm(site), agreements[site], cosines[site])
-            for site in sorted(self._shares)
-        }
+        beside, cosines = self._sketches.beside(), self._sketches.cosines(self._shares)
+        return {site: replace(like, cosine=cosines[site]) for site, like in beside.items()}
 
     def close(self) -> None:
         """Nothing lies on disk."""
@@ -198,13 +195,12 @@ class Spilled:
 
     def _compared(self, products: Values, distances: Values, norm: float) -> dict[str, Likeness]:
         """Every site's update with what the round came to."""
-        agreements = self._sketches.agreements()
-        found = {}
+        beside = self._sketches.beside()
         for site, product, distance in zip(self._spill.sites, products, distances, strict=True):
-            own = self._sketches.norm(site)
-            cosine = float(product) / (own * norm) if own * norm else None
-            found[site] = Likeness(own, agreements[site], cosine, sqrt(float(distance)))
-        return found
+            both = self._sketches.norm(site) * norm
+            cosine = float(product) / both if both else None
+            beside[site] = replace(beside[site], cosine=cosine, distance=sqrt(float(distance)))
+        return beside
 
 
 def closest(distances: Values, byzantine: int, keep: int) -> list[int]:

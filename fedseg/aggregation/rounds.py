@@ -18,7 +18,7 @@ from fedseg.aggregation.accumulate import MAX_WEIGHT
 from fedseg.aggregation.likeness import Likeness, known
 from fedseg.aggregation.server import Model, Presence, ServerState, apply_update
 from fedseg.arrays import Arrays, digest_of
-from fedseg.errors import PlanError, RoundError
+from fedseg.errors import PlanError, RoundError, UntaughtLabelError
 from fedseg.frozen import Frozen
 from fedseg.plan import StudyPlan
 from fedseg.rates import summed_rate
@@ -157,7 +157,12 @@ def also_received(state: StudyState, outcome: Outcome) -> StudyState:
 
 
 def close_stage(state: StudyState, plan: StudyPlan, outcome: Outcome) -> StudyState:
-    """The next state. With too few answers it is the same stage again, one attempt later."""
+    """The next state. With too few answers it is the same stage again, one attempt later.
+
+    Raises:
+        PlanError: weights that cannot be summed exactly.
+        UntaughtLabelError: a label of the plan is annotated by no site that enlisted.
+    """
     position = _open_position(state)
     missing = missing_answers(position.stage, plan, outcome)
     if missing <= 0 and outcome.total is not None:
@@ -168,6 +173,7 @@ def close_stage(state: StudyState, plan: StudyPlan, outcome: Outcome) -> StudySt
         return replace(state, position=again, history=history)
     if position.stage == "enlist":
         _require_weights_that_fit(plan, outcome)
+        _require_every_label(plan, outcome)
     server = state.server
     if position.stage == "train":
         assert outcome.total is not None
@@ -224,11 +230,12 @@ def _compared(outcome: Outcome, total: Combined) -> Outcome:
     """The answers with how each site's update compares with the others'."""
     found = total.likenesses()
 
-    def figures(site: str) -> dict[str, float | None]:
+    def figures(site: str) -> dict[str, float | str | None]:
         like = found[site]
         return {
             "update_norm": known(like.norm),
             "update_agreement": known(like.agreement, 4),
+            "update_twin": like.twin,
             "update_cosine": known(like.cosine, 4),
             "update_distance": known(like.distance),
         }
@@ -271,6 +278,16 @@ def _require_weights_that_fit(plan: StudyPlan, outcome: Outcome) -> None:
             f"the sites have {patients} training patients together, weights are summed exactly up "
             f"to {MAX_WEIGHT}: set aggregation.weighting: uniform"
         )
+
+
+def _require_every_label(plan: StudyPlan, outcome: Outcome) -> None:
+    """Refuse a study in which nobody could teach a label, before the first round."""
+    every = tuple(plan.task.labels)
+    annotated = {a.site: every if a.labels is None else a.labels for a in outcome.answers}
+    taught = set().union(*annotated.values())
+    untaught = tuple(name for name in every if name not in taught)
+    if untaught:
+        raise UntaughtLabelError(untaught, annotated)
 
 
 def _task(
