@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import small_hospitals
-from small_hospitals import NAME, NOW, Consortium, Hospital, approved, joined, text
+from small_hospitals import NAME, NOW, Consortium, Hospital, approved, joined, phantoms, text
 
 from fedseg.models.zoo import initial_model
 from fedseg.plan import StudyPlan
@@ -61,6 +63,26 @@ def private_hospital(
     if approve:
         approved(folder, consortium, data)
     return Hospital(folder, consortium, roll, own)
+
+
+@pytest.fixture(scope="module", name="data")
+def fixture_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six patients of one hospital, two of them held back."""
+    return phantoms(tmp_path_factory.mktemp("phantoms"), patients=6)
+
+
+@pytest.fixture(scope="module", name="founded")
+def fixture_founded(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Hospital:
+    """A hospital that has approved a private plan; tests have copies of it."""
+    return private_hospital(tmp_path_factory.mktemp("founded") / "site", data)
+
+
+@pytest.fixture(name="site")
+def fixture_site(founded: Hospital, tmp_path: Path) -> Hospital:
+    """A hospital that has approved a private plan and answered nothing yet."""
+    copied = SiteFolder(tmp_path / "site")
+    shutil.copytree(founded.folder.path, copied.path)
+    return Hospital(copied, founded.consortium, founded.roll, founded.own)
 
 
 def ledger_of(site: Hospital) -> Ledger:

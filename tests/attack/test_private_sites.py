@@ -14,7 +14,15 @@ from typing import Any
 
 import pytest
 from small_hospitals import Consortium, Hospital, approved, joined, phantoms
-from small_private_sites import ledger_of, private_built, private_hospital, refusals
+from small_private_sites import (
+    fixture_data,  # noqa: F401
+    fixture_founded,  # noqa: F401
+    fixture_site,  # noqa: F401
+    ledger_of,
+    private_built,
+    private_hospital,
+    refusals,
+)
 from typer.testing import CliRunner
 
 from fedseg.errors import FedsegError, PrivacyError, TrustError
@@ -31,24 +39,6 @@ from sites.trainer import Trainer
 from sites.worker import make_trainer
 
 STUDY = "tiny"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return phantoms(tmp_path_factory.mktemp("phantoms"), patients=6)
-
-
-@pytest.fixture(scope="module")
-def founded(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Hospital:
-    return private_hospital(tmp_path_factory.mktemp("founded") / "site", data)
-
-
-@pytest.fixture
-def site(founded: Hospital, tmp_path: Path) -> Hospital:
-    """A hospital that has approved a private plan and answered nothing yet."""
-    copy = type(founded.folder)(tmp_path / "site")
-    shutil.copytree(founded.folder.path, copy.path)
-    return Hospital(copy, founded.consortium, founded.roll, founded.own)
 
 
 def policy(**lines: object) -> str:

@@ -49,7 +49,12 @@ def audit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 def test_an_honest_plan_is_not_refuted(audit: Any, plan: Path) -> None:
     status, out, _ = audit("--plan", plan, "--canaries", 500, "--seed", 1)
     assert status == 0
-    for said in ("claimed, at delta 1e-05", "at least (95% confidence)", "noised metrics", "no proof"):
+    for said in (
+        "claimed, at delta 1e-05",
+        "at least (95% confidence)",
+        "noised metrics",
+        "no proof",
+    ):
         assert said in out
     status, out, _ = audit("--plan", plan, "--canaries", 500, "--seed", 1, "--json")
     found = json.loads(out)

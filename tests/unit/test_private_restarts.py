@@ -5,31 +5,18 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import pytest
-from small_hospitals import Hospital, approved, phantoms
-from small_private_sites import ledger_of, private_hospital
+from small_hospitals import Hospital, approved
+from small_private_sites import (
+    fixture_data,  # noqa: F401
+    fixture_founded,  # noqa: F401
+    fixture_site,  # noqa: F401
+    ledger_of,
+)
 from typer.testing import CliRunner
 
 from fedseg.container import unpack
 from fedseg.updates import AnswerHeader
 from sites import cli
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return phantoms(tmp_path_factory.mktemp("phantoms"), patients=6)
-
-
-@pytest.fixture(scope="module")
-def founded(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Hospital:
-    return private_hospital(tmp_path_factory.mktemp("founded") / "site", data)
-
-
-@pytest.fixture
-def site(founded: Hospital, tmp_path: Path) -> Hospital:
-    copy = type(founded.folder)(tmp_path / "site")
-    shutil.copytree(founded.folder.path, copy.path)
-    return Hospital(copy, founded.consortium, founded.roll, founded.own)
 
 
 def asked(site: Hospital, attempt: int, head: str | None) -> tuple[str | None, bytes | str]:

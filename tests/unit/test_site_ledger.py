@@ -11,8 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_hospitals import NAME, Hospital, approved, phantoms
-from small_private_sites import ledger_of, private_hospital
+from small_hospitals import NAME, Hospital, approved
+from small_private_sites import (
+    fixture_data,  # noqa: F401
+    fixture_founded,  # noqa: F401
+    fixture_site,  # noqa: F401
+    ledger_of,
+    private_hospital,
+)
 from typer.testing import CliRunner, Result
 
 from fedseg.chain import verify_chain
@@ -27,24 +33,6 @@ from sites.doctor import Half, examine
 from sites.enrolment import leave
 
 STUDY = "tiny"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return phantoms(tmp_path_factory.mktemp("phantoms"), patients=6)
-
-
-@pytest.fixture(scope="module")
-def founded(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Hospital:
-    return private_hospital(tmp_path_factory.mktemp("founded") / "site", data)
-
-
-@pytest.fixture
-def site(founded: Hospital, tmp_path: Path) -> Hospital:
-    """A hospital that has approved a private plan and done nothing yet."""
-    copy = type(founded.folder)(tmp_path / "site")
-    shutil.copytree(founded.folder.path, copy.path)
-    return Hospital(copy, founded.consortium, founded.roll, founded.own)
 
 
 def run(site: Hospital, *args: object, **more: str) -> Result:
