@@ -15,7 +15,8 @@ from pathlib import Path
 from fedseg.errors import DataError
 
 MAX_TABLE_BYTES = 64 * 1024 * 1024
-COLUMNS = ("subject", "site", "split", "patient", "image", "label")
+TRAITS = ("scanner", "sex", "age")
+COLUMNS = ("subject", "site", "split", "patient", "image", "label", *TRAITS)
 SEPARATORS = (",", ";", "\t")
 
 
