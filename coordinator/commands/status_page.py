@@ -12,6 +12,7 @@ from coordinator.dashboard.words import dice, duration, mean, patients
 from coordinator.progress.document import Progress
 from coordinator.progress.tally import Sighting, SiteProgress
 from coordinator.running.control import Snapshot
+from fedseg.aggregation.suspicions import NOISY, sentence
 
 _STYLES = {"running": "green", "finished": "bold green", "not running": "red", "failed": "red"}
 _NOTHING = "–"
@@ -23,8 +24,15 @@ def page(seen: Snapshot, now: datetime) -> RenderableType:
     troubles = [seen.daemon.trouble] if seen.daemon and seen.daemon.trouble else []
     if seen.progress is not None and seen.progress.note:
         troubles.append(seen.progress.note)
+    troubles += _standing_out(seen.progress) if seen.progress else []
     parts += [Text(f"\n{text}", style="yellow") for text in (*troubles, *seen.warnings)]
     return Group(*parts)
+
+
+def _standing_out(progress: Progress) -> list[str]:
+    """Whose updates are unlike the others'."""
+    said = [sentence(site, reasons) for site, reasons in progress.suspicions.items()]
+    return [f"{text} {NOISY}" for text in said] if progress.private else said
 
 
 def _head(seen: Snapshot) -> Table:

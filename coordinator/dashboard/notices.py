@@ -10,6 +10,7 @@ from typing import Literal
 from coordinator.dashboard.words import count, duration, listed
 from coordinator.progress.document import Progress
 from coordinator.progress.tally import OpenStage, StageProgress
+from fedseg.aggregation.suspicions import NOISY, sentence
 
 SLOW = 3.0
 SLOW_AT_LEAST_S = 120.0
@@ -54,6 +55,7 @@ def notices(progress: Progress | None, situation: Situation) -> tuple[Notice, ..
         found += _undelivered(progress)
     elif progress is not None:
         found += (*_standing(progress, situation), *_stage(progress, situation), *_away(progress))
+    found += _standing_out(progress) if progress is not None else ()
     order = ("stop", "look", "know")
     return tuple(sorted(found, key=lambda notice: order.index(notice.level)))
 
@@ -114,6 +116,12 @@ def _away(progress: Progress) -> Iterator[Notice]:
             f"{listed(away)} {are} not on line.",
             "The hospital's IT finds out more with `fedseg-site status`.",
         )
+
+
+def _standing_out(progress: Progress) -> Iterator[Notice]:
+    """Whose updates are unlike the others'?"""
+    for site, reasons in progress.suspicions.items():
+        yield Notice("look", sentence(site, reasons), NOISY if progress.private else "")
 
 
 def _undelivered(progress: Progress) -> Iterator[Notice]:

@@ -39,6 +39,7 @@ class Progress(Frozen):
         private: whether that is a guarantee at all.
         withheld: which numbers no hospital sends: of `counts`, `losses` and `metrics`.
         note: a sentence about the phase, such as why a study failed.
+        suspicions: sites whose updates stand out, and why; see `fedseg.aggregation.suspicions`.
         open: the stage that is running, None between stages and at the end.
     """
 
@@ -61,6 +62,7 @@ class Progress(Frozen):
     stages: tuple[StageProgress, ...] = ()
     checkpoint: Checkpoint | None = None
     left_s: float | None = None
+    suspicions: dict[str, tuple[str, ...]] = {}
 
     @property
     def finished(self) -> bool:

@@ -35,6 +35,7 @@ from coordinator.rounds.events import (
     StageOpened,
 )
 from fedseg.aggregation.rounds import StudyState
+from fedseg.aggregation.suspicions import suspicions
 from fedseg.arrays import digest_of
 from fedseg.durable import write_atomically
 from fedseg.errors import StorageError, TrustError
@@ -153,6 +154,7 @@ class ProgressKeeper:
             stages=stages,
             checkpoint=self._checkpoint,
             left_s=seconds_left(self._plan, self._position, stages, self._open_s()),
+            suspicions=suspicions(self._history),
         )
 
     def _opened(self, event: StageOpened) -> None:

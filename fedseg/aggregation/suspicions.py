@@ -29,6 +29,7 @@ NORM_FLOOR = 0.2  # of a logarithm: what is flagged is at least twice, or half, 
 AGREEMENT_FLOOR = 0.05
 _MAD = 1.4826
 
+NOISY = "All of this is seen through the noise of the guarantee, which hides most attacks."
 Ground = Literal["away", "apart", "large", "small", "same"]
 _WORDS: dict[Ground, str] = {
     "away": "its updates point away from everybody else's",

@@ -13,6 +13,7 @@ from functools import lru_cache
 from statistics import fmean
 from typing import Literal
 
+from fedseg.aggregation.suspicions import sentence, suspicions
 from fedseg.evaluation.statistics import mean_with_interval
 from fedseg.plan import Metric
 from fedseg.result import Arm, ArmName, PatientScores, StudyResult, mean_of
@@ -137,6 +138,11 @@ def verdict(result: StudyResult) -> tuple[str, ...]:
     if not local and not pooled:
         said.append("No baseline was trained, so there is nothing to compare it with.")
     return tuple(said)
+
+
+def suspicious(result: StudyResult) -> tuple[str, ...]:
+    """Whose updates stood out, and why; a reason to look and no verdict."""
+    return tuple(sentence(site, said) for site, said in suspicions(result.stages).items())
 
 
 def number(value: float | None, digits: int = 3, signed: bool = False) -> str:

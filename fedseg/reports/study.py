@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from fedseg.aggregation.suspicions import NOISY
 from fedseg.durable import write_atomically
 from fedseg.plan import Metric
 from fedseg.privacy.words import outputs_of
@@ -109,6 +110,9 @@ def _content(result: StudyResult, overlays: Sequence[Overlay]) -> dict[str, Any]
         "stages": traffic.by_stage(result) if result.stages else (),
         "rounds": traffic.by_round(result),
         "failures": traffic.failures(result),
+        "suspicious": findings.suspicious(result),
+        "compared": any(a.update_norm is not None for s in result.stages for a in s.answers),
+        "noisy": NOISY if result.plan.private is not None else "",
         "limits": _limits(result),
         "settings": _settings(result),
         "parameters": _parameters(result),
