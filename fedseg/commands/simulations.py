@@ -24,6 +24,8 @@ fedseg simulate study.yaml --data DIR --out OUT --baselines pooled,local
 
 fedseg simulate study.yaml --data DIR --out OUT --resume
 
+fedseg simulate study.yaml --data DIR --out OUT --finetune-kind norms --finetune-steps 200
+
 fedseg simulate study.yaml --data DIR --out OUT --engine ray
 
 fedseg simulate study.yaml --data DIR --out OUT --fault hospital_b:crash@3
@@ -56,11 +58,22 @@ def run(
         int | None,
         typer.Option(min=0, help="Repeat a private plan's noise: for science, NOT PRIVATE."),
     ] = None,
+    finetune: Annotated[
+        bool, typer.Option(help="Have each hospital fine-tune for itself in the end.")
+    ] = True,
+    finetune_kind: Annotated[
+        Literal["full", "head", "norms", "adapters", "ditto"],
+        typer.Option(help="What fine-tuning trains; ditto is pulled towards the shared model."),
+    ] = "full",
+    finetune_steps: Annotated[
+        int, typer.Option(min=1, help="Steps of fine-tuning at each hospital, at most.")
+    ] = 100,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Simulate a study: federation, baselines, measurements and a report."""
     from fedseg.simulation import Options, simulate
     from fedseg.simulation.display import Display
+    from fedseg.simulation.finetuning import SIMULATED
     from fedseg.simulation.rehearsal import parse_fault
 
     study = load_plan(plan)
@@ -75,6 +88,9 @@ def run(
         device=device,
         initial=load_initial(plan),
         noise_seed=noise_seed,
+        finetune=SIMULATED.model_copy(update={"kind": finetune_kind, "steps": finetune_steps})
+        if finetune
+        else None,
     )
     logging.getLogger("coordinator").setLevel(logging.ERROR)
     console = Console(stderr=as_json)

@@ -29,7 +29,7 @@ from fedseg.learning.finetune import (
     finetuning_plan,
 )
 from fedseg.learning.sampling import Patients
-from fedseg.modelfile import FINETUNED, ModelHeader, save_model
+from fedseg.modelfile import FINETUNED, save_model
 from fedseg.plan import StudyPlan
 
 MAX_BYTES = 64 * 1024**3
@@ -109,24 +109,20 @@ def finetune_to_the_end(
     return Finetuned(tuned, state.scores, state.best_check, steps)
 
 
-def save_finetuned(path: Path, header: ModelHeader, tuned: Finetuned) -> None:
+def save_finetuned(
+    path: Path, plan: StudyPlan, tuned: Finetuned, *, rounds: int, released: str
+) -> None:
     """Write the model file of a fine-tuned model, readable by its owner alone.
 
     Args:
-        header: of the model that was begun from.
+        plan: of the study.
+        rounds: of the study, before.
+        released: digest of the shared model that it comes from.
 
     Raises:
         StorageError: it cannot be written.
     """
-    save_model(
-        path,
-        header.plan,
-        tuned.model,
-        arm=FINETUNED,
-        rounds=header.rounds,
-        released=header.released or header.model_digest,
-        mode=0o600,
-    )
+    save_model(path, plan, tuned.model, arm=FINETUNED, rounds=rounds, released=released, mode=0o600)
 
 
 def looks(plan: StudyPlan, settings: Finetuning) -> int:

@@ -18,7 +18,7 @@ from fedseg.evaluation.statistics import mean_with_interval
 from fedseg.plan import Metric
 from fedseg.result import Arm, ArmName, PatientScores, StudyResult, mean_of
 
-ARMS: tuple[ArmName, ...] = ("initial", "local", "federated", "pooled")
+ARMS: tuple[ArmName, ...] = ("initial", "local", "federated", "finetuned", "pooled")
 Judgement = Literal["better", "worse", "open", "unknown"]
 
 
@@ -133,6 +133,8 @@ def verdict(result: StudyResult) -> tuple[str, ...]:
     if local:
         said.append(_against(difference(arm, local, "dice")))
         said.extend(_exceptions(table(result, "dice")))
+    if own := result.arm("finetuned"):
+        said.append(_fine_tuned(difference(own, arm, "dice"), own))
     if pooled:
         said.append(_below_pooled(difference(arm, pooled, "dice"), pooled))
     if not local and not pooled:
@@ -207,6 +209,18 @@ def _over_initial(gain: Estimate, initial: Arm) -> str:
     return (
         f"The initial model reached {number(start.mean)} before any training; the study added "
         f"{number(gain.mean, signed=True)} ({interval(gain, signed=True)})."
+    )
+
+
+def _fine_tuned(gain: Estimate, own: Arm) -> str:
+    """What each hospital made of the shared model, against it."""
+    reached = estimate(list(_values(own, "dice", None).values()))
+    if gain.mean is None or reached.mean is None:
+        return "What fine-tuning at each hospital reached is not known."
+    ends = f", {interval(gain, signed=True)}" if gain.low is not None else ""
+    return (
+        f"Fine-tuned at each hospital on its own patients it reaches {number(reached.mean)} "
+        f"({number(gain.mean, signed=True)}{ends})."
     )
 
 

@@ -35,6 +35,7 @@ ARM_TITLES = {
     "initial": "Initial",
     "local": "Local",
     "federated": "Federated",
+    "finetuned": "Fine-tuned",
     "pooled": "Pooled",
 }
 METRICS: tuple[tuple[Metric, str, int], ...] = (
@@ -216,6 +217,7 @@ def _limits(result: StudyResult) -> list[str]:
         limits.append(
             "The arms did not necessarily train equally long; see “Compute” before comparing them."
         )
+    limits += _about_own_models(result)
     limits.append(
         "Hospitals may differ in scanners, patients and in who drew the labels; a low score does "
         "not tell which."
@@ -226,6 +228,24 @@ def _limits(result: StudyResult) -> list[str]:
     )
     limits.append("Research software: nothing on this page supports a clinical decision.")
     return limits
+
+
+def _about_own_models(result: StudyResult) -> list[str]:
+    """What fine-tuned models are, and where there is none."""
+    own, shared = result.arm("finetuned"), result.arm("federated")
+    if own is None:
+        return []
+    said = [
+        "Fine-tuned models were trained on each hospital’s own patients and stay there: no "
+        "guarantee covers them."
+    ]
+    same = [site for site, model in own.models.items() if shared and model == shared.models[site]]
+    if same:
+        said.append(
+            f"At {', '.join(same)} fine-tuning found nothing better for the patients who tell when "
+            "to stop, or had too few patients: the shared model is measured there."
+        )
+    return said
 
 
 def _settings(result: StudyResult) -> str:

@@ -2,7 +2,8 @@
 
 Baselines are federations of one site: `pooled` has the patients of all hospitals and takes as many
 gradient steps as all of them together, `local` is each hospital alone with its own share of steps.
-Every arm starts from the same initial model and is measured on the same held-back patients.
+Every arm starts from the same initial model and is measured on the same held-back patients. In the
+end each hospital fine-tunes the shared model for itself, which is an arm of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -26,10 +27,12 @@ from fedseg.arrays import digest_of
 from fedseg.durable import write_atomically
 from fedseg.errors import DataError, MissingExtraError, PlanError, RoundError
 from fedseg.frozen import SiteName
-from fedseg.imaging.cases import Cohort, Manifest
+from fedseg.imaging.cases import Cohort, Manifest, Split
 from fedseg.imaging.cohorts import usable_cohorts
 from fedseg.imaging.fingerprint import fingerprint
 from fedseg.imaging.manifests import read_manifest
+from fedseg.learning.finetune import Finetuning
+from fedseg.learning.finetuned import save_finetuned
 from fedseg.modelfile import save_model
 from fedseg.models.devices import require_device
 from fedseg.models.zoo import initial_model, require_start
@@ -51,10 +54,10 @@ from fedseg.simulation.federation import (
     require_sites,
     run_federation,
 )
+from fedseg.simulation.finetuning import SIMULATED, OwnModels, finetune_everywhere
 from fedseg.simulation.folder import pin, refuse_occupied
 from fedseg.simulation.overlays import overlays_of
 from fedseg.simulation.rehearsal import Fault
-from fedseg.simulation.partial import withheld
 from fedseg.simulation.scoring import (
     Scorer,
     released,
@@ -81,8 +84,7 @@ class Options:
         device: of torch.
         initial: start from this model instead of the plan's seed (its digest is the plan's).
         noise_seed: repeats the noise of a private plan: everything is marked as not private.
-        without: (site, label): what a hospital is trained as if it did not annotate. Models are
-            still measured on all that is drawn there.
+        finetune: how each hospital fine-tunes in the end; None leaves it out.
     """
 
     engine: Engine = "inprocess"
@@ -95,7 +97,7 @@ class Options:
     device: str = "cpu"
     initial: Mapping[str, NDArray[Any]] | None = None
     noise_seed: int | None = None
-    without: tuple[tuple[str, str], ...] = ()
+    finetune: Finetuning | None = SIMULATED
 
 
 @dataclass(frozen=True)
@@ -157,10 +159,9 @@ def simulate(
     if unlisted:
         text = f"{len(unlisted)} cases cannot even be listed: `fedseg-site check` names each"
         watch(Progress("federated", text))
-    drawn, left_out = _usable_cohorts(
+    cohorts, left_out = _usable_cohorts(
         manifest, plan, lambda case: watch(Progress("federated", f"checking {case}"))
     )
-    cohorts = withheld(drawn, plan.task, options.without)
     whole = Federation(
         plan=plan,
         initial=initial,
@@ -178,14 +179,17 @@ def simulate(
     trained = {"federated": _run(whole, "federated", options, watch)}
     for name, alone in baselines_of(whole, out, options.baselines):
         trained[name] = _run(alone, name, options, watch)
+    split = split_to_measure(cohorts)
+    final = released(trained["federated"].state, plan)
+    own = _finetuned(whole, final, options.finetune, split, out, watch)
     watch(Progress("federated", "measuring"))
-    split = split_to_measure(drawn)
-    scorer = Scorer(replace(whole, cohorts=drawn), split)
+    scorer = Scorer(whole, split)
     names: tuple[ArmName, ...] = ("federated", *options.baselines)
     arms = tuple(_arm(name, trained, scorer) for name in names)
+    if own is not None:
+        arms += (_own_arm(own, final, scorer),)
     if plan.private is not None:
         arms += (_untrained(initial, scorer),)
-    final = released(trained["federated"].state, plan)
     result = StudyResult(
         plan=plan,
         plan_digest=plan.digest,
@@ -203,12 +207,12 @@ def simulate(
             | {"python": platform.python_version()},
             cores=os.cpu_count() or 1,
             wall_s=round(time.monotonic() - clock, 2),
-            compute_s=_compute(trained),
+            compute_s=_compute(trained) | ({} if own is None else {"finetuned": own.cpu_s}),
             stage_s=trained["federated"].stage_s,
         ),
     )
     watch(Progress("federated", "writing the report"))
-    _write(result, trained, whole, scorer, out)
+    _write(result, trained, own, whole, scorer, out)
     return result
 
 
@@ -322,6 +326,40 @@ def _arm(name: ArmName, trained: Mapping[str, Finished], scorer: Scorer) -> Arm:
     return Arm(name=name, models=models, gradient_steps=steps, patients=tuple(scores))
 
 
+def _finetuned(
+    whole: Federation,
+    final: Mapping[str, NDArray[Any]],
+    settings: Finetuning | None,
+    split: Split,
+    out: Path,
+    watch: Watcher,
+) -> OwnModels | None:
+    """Every hospital's own model, where they fine-tune."""
+    if settings is None:
+        return None
+    return finetune_everywhere(
+        whole,
+        lambda site: used_at(whole, site, final),
+        settings,
+        final=split,
+        folder=out / "finetuned",
+        say=lambda text: watch(Progress("finetuned", text)),
+    )
+
+
+def _own_arm(own: OwnModels, final: Mapping[str, NDArray[Any]], scorer: Scorer) -> Arm:
+    """Each hospital's own model measured there; the shared one where it has none."""
+    scores: list[PatientScores] = []
+    models: dict[str, str] = {}
+    for cohort in scorer.federation.cohorts:
+        tuned = own.tuned.get(cohort.site)
+        shared = used_at(scorer.federation, cohort.site, final)
+        model = shared if tuned is None else tuned.model
+        models[cohort.site] = digest_of(model)
+        scores += scorer(model, cohort.site)
+    return Arm(name="finetuned", models=models, gradient_steps=own.steps, patients=tuple(scores))
+
+
 def _untrained(initial: Mapping[str, NDArray[Any]], scorer: Scorer) -> Arm:
     """The initial model measured at every hospital."""
     sites = [cohort.site for cohort in scorer.federation.cohorts]
@@ -357,6 +395,7 @@ def _compute(trained: Mapping[str, Finished]) -> dict[str, float]:
 def _write(
     result: StudyResult,
     trained: Mapping[str, Finished],
+    own: OwnModels | None,
     whole: Federation,
     scorer: Scorer,
     out: Path,
@@ -372,6 +411,9 @@ def _write(
         seeded = whole.noise_seed is not None and finished.plan.private is not None
         path = out / f"{name}.safetensors"
         save_model(path, finished.plan, model, arm=key, rounds=rounds, seeded=seeded)
+    for site, tuned in own.tuned.items() if own else ():
+        path, released_ = out / f"model-finetuned-{site}.safetensors", result.model_digest
+        save_finetuned(path, result.plan, tuned, rounds=rounds, released=released_)
     final = released(trained["federated"].state, result.plan)
     overlays = overlays_of(
         result,

@@ -22,6 +22,7 @@ HOSPITALS = ("hospital_1", "hospital_2", "hospital_3", "hospital_4", "hospital_5
 LEVELS: dict[ArmName, float] = {
     "pooled": 0.868,
     "federated": 0.861,
+    "finetuned": 0.865,
     "local": 0.79,
     "initial": 0.5,
 }
@@ -54,7 +55,7 @@ def make_patients(
     count: int = 11,
     scored: bool = True,
 ) -> tuple[PatientScores, ...]:
-    noise = {"pooled": 0.3, "federated": 0.5, "local": 1.6, "initial": 1.0}
+    noise = {"pooled": 0.3, "federated": 0.5, "finetuned": 0.5, "local": 1.6, "initial": 1.0}
     patients = []
     for number, site in enumerate(sites):
         rng = np.random.default_rng(number)
@@ -209,7 +210,7 @@ def make_result(
             cores=2,
             wall_s=312.4,
             compute_s={
-                name: {"federated": 412.0, "pooled": 301.5, "local": 330.1}[name]
+                name: {"federated": 412.0, "pooled": 301.5, "local": 330.1, "finetuned": 12.0}[name]
                 for name in arms
                 if name != "initial"
             },

@@ -270,7 +270,7 @@ def test_a_fine_tuned_model_says_that_it_stays_and_starts_no_study(tmp_path: Pat
     save_model(tmp_path / "shared", plan, model, arm="federated", rounds=5)
     shared, _ = load_model(tmp_path / "shared")
     assert not shared.stays
-    save_finetuned(tmp_path / "own", shared, done)
+    save_finetuned(tmp_path / "own", plan, done, rounds=5, released=shared.model_digest)
     header, _ = load_model(tmp_path / "own")
     assert (header.arm, header.released) == ("finetuned", digest_of(model)) and header.stays
     assert (tmp_path / "own").stat().st_mode & 0o777 == 0o600

@@ -240,6 +240,16 @@ def test_any_task_has_a_page(tmp_path: Path, labels: int, dimensions: int) -> No
     assert ("Dice by label, all patients" in page.text) == (labels > 1)
 
 
+def test_fine_tuned_models_are_shown_beside_the_shared_one(tmp_path: Path) -> None:
+    page = _page(make_result(arms=("federated", "local", "finetuned")), tmp_path)
+    assert "Fine-tuned at each hospital" in page.text
+    assert "no guarantee covers them" in page.text
+    assert any(
+        said.startswith("Fine-tuned at each hospital on its own patients it reaches")
+        for said in findings.verdict(make_result(arms=("federated", "finetuned")))
+    )
+
+
 @pytest.mark.parametrize("arms", [("federated",), ("federated", "pooled"), ("local", "federated")])
 def test_missing_baselines_leave_no_gaps(tmp_path: Path, arms: tuple[ArmName, ...]) -> None:
     page = _page(make_result(arms=arms, rounds=4), tmp_path)
