@@ -19,7 +19,7 @@ from fedseg.durable import write_atomically
 from fedseg.errors import DataError, PlanError
 from fedseg.initial import initial_path, load_initial
 from fedseg.modelfile import load_model, save_model
-from fedseg.plan import InitialModel, StudyPlan, load_plan, parse_plan
+from fedseg.plan import InitialModel, StudyPlan, load_plan, parse_plan, read_mapping
 from fedseg.promise import Calibration
 
 __all__ = [
@@ -81,7 +81,7 @@ def build(path: Path, start: Path | None = None) -> StudyPlan:
 def load_written(path: Path) -> StudyPlan:
     """Read and check a plan as people write it: what nothing would read is refused as well.
 
-    A plan's canonical bytes name every field, and are taken as they are.
+    A study's own plan, which a program wrote, names every field, and is taken as it is.
 
     Raises:
         PlanError: the plan does not hold, or names a setting that has no meaning under its
@@ -89,7 +89,8 @@ def load_written(path: Path) -> StudyPlan:
     """
     plan = load_plan(path)
     named = "batch_size" in plan.training.model_fields_set
-    if plan.private is not None and named and path.read_bytes().strip() != plan.canonical_bytes:
+    written = read_mapping(path.read_bytes(), path.name)
+    if plan.private is not None and named and written != json.loads(plan.canonical_bytes):
         raise PlanError(
             f"{path.name}: training.batch_size has no meaning under a guarantee: privacy.rate says "
             "with which probability each patient is in a step, and privacy.patches_per_patient how "

@@ -88,6 +88,9 @@ def test_a_batch_size_under_a_guarantee_is_refused_since_nothing_reads_it(
     plan = build(path)
     path.write_bytes(plan.canonical_bytes + b"\n")
     assert load_written(path) == plan, "the canonical bytes name every default"
+    build(path)
+    assert path.read_text().startswith("{\n"), "built again it is indented"
+    assert load_written(path) == plan
 
 
 def test_a_plan_is_checked_and_shown_with_its_noise(path: Path) -> None:
