@@ -76,7 +76,7 @@ def patients_chart(result: ValidationResult) -> bytes:
 def forest_chart(comparisons: Sequence[Comparison], margin: float) -> bytes:
     """SVG: paired differences of Dice in points with 95 % intervals, and the margin as a line."""
     with drawing_style():
-        figure = Figure(figsize=(6.2, 0.7 + 0.42 * len(comparisons)))
+        figure = Figure(figsize=(4.6, 0.8 + 0.34 * len(comparisons)))
         axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
         for row, comparison in enumerate(comparisons):
             _whisker(axes, comparison.difference, row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
@@ -186,7 +187,7 @@ def calibrated(name: str) -> Calibration:
                 confidence=None if high < 0.35 else (low + high) / 2,
                 accuracy=None if high < 0.35 else max(0.0, (low + high) / 2 - 0.06),
             )
-            for low, high in zip(edges, edges[1:], strict=False)
+            for low, high in pairwise(edges)
         ),
     )
 
