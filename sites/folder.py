@@ -1,7 +1,7 @@
 """SITEDIR: where everything of one hospital's fedseg lies, and who may look at it.
 
-One property a path; nothing here decides anything. `trainer/`, `studies/`, `cache/` and `models/`
-belong to the user that sees patients, `relay/` to the user that sees the network, and the relay
+One property a path; nothing here decides anything. `trainer/`, `studies/`, `cache/`, `models/`
+and `validations/` belong to the user that sees patients, `relay/` to the user that sees the network, and the relay
 finds all it needs in `relay/` and `run/`: neither has to look into the other's folders. What an
 administrator does as root is done as the owner of the folder it is done in.
 """
@@ -137,6 +137,11 @@ class SiteFolder:
     def models(self) -> Path:
         """Final models, one file a study."""
         return self.path / "models"
+
+    @property
+    def validations(self) -> Path:
+        """What models are worth on this hospital's patients: a folder a validation."""
+        return self.path / "validations"
 
     @property
     def run(self) -> Path:

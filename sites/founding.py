@@ -45,7 +45,8 @@ def found(folder: SiteFolder, name: str, now: str, passphrase: bytes | None = No
     site = _record(name, now)
     signing, receiving = SigningKey.generate(), ReceivingKey.generate()
     make_folder(folder.path, OPEN_FOLDER)
-    for path in (folder.trainer, folder.relay, folder.studies, folder.cache, folder.models):
+    seen_by_one = (folder.trainer, folder.relay, folder.studies, folder.cache, folder.models)
+    for path in (*seen_by_one, folder.validations):
         make_folder(path, PRIVATE_FOLDER)
     for path in (folder.run, folder.logs):
         make_folder(path, SHARED_FOLDER)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from fedseg.errors import DataError, PlanError, PrivacyError
+from fedseg.evaluation.thresholds import Thresholds
 from fedseg.frozen import Count, Frozen, Positive
 from fedseg.plan import StudyPlan, read_mapping
 from fedseg.promise import OPENNESS, Openness
@@ -91,6 +92,18 @@ smallest_cohort: null
 # When tasks may be worked on, in this machine's local time, such as "20:00-06:00". Outside these
 # hours the coordinator is told to try again.
 hours: null
+
+# What a model must do on this hospital's own held-back patients before it may be used here. Set it
+# before anybody looks at a model: `fedseg-site validate` says go only where each line holds, and
+# `null` (nothing was asked) is never go. Means must hold with all of their 95 % interval. Such as:
+# acceptance:
+#   dice_at_least: 0.8                  # mean over patients
+#   worst_case_dice_at_least: 0.5       # the patient with the lowest one
+#   failures_share_at_most: 0.05        # patients with an empty or wild prediction
+#   volume_bias_percent_at_most: 10     # of each label, on average
+#   hd95_mm_at_most: 5                  # mean over patients
+#   patients_at_least: 20               # fewer held-back patients decide nothing
+acceptance: null
 """
 
 
@@ -112,6 +125,7 @@ class Policy(Frozen):
     largest_attempts: Count | None = None
     smallest_cohort: Count | None = None
     hours: Annotated[str, Field(max_length=32)] | None = None
+    acceptance: Thresholds | None = None
 
     @field_validator(
         "largest_epsilon", "largest_delta", "total_epsilon", "total_delta", mode="before"

@@ -369,7 +369,8 @@ def test_new_volumes_belong_to_those_who_write_to_them() -> None:
     assert owners.pop("/site/run") == (trainer.split(":")[0], shared[0])
     assert SERVICES["trainer"]["group_add"] == shared
     assert {":".join(pair) for pair in owners.values()} == {trainer}
-    assert set(owners) == {f"/site/{n}" for n in ("trainer", "studies", "cache", "models", "logs")}
+    own = ("trainer", "studies", "cache", "models", "validations", "logs")
+    assert set(owners) == {f"/site/{name}" for name in own}
 
 
 def _runs(path: str) -> str:
@@ -472,6 +473,7 @@ def test_the_halves_of_a_site_have_two_users_and_two_worlds() -> None:
     hidden = set(" ".join(relay["InaccessiblePaths"]).split())
     for name in ("trainer", "studies", "cache", "models"):
         assert f"/var/lib/fedseg/{name}" in hidden
+    assert "-/var/lib/fedseg/validations" in hidden  # sites made before have none
     assert relay["ReadWritePaths"] == ["/var/lib/fedseg/relay"]
     assert trainer["InaccessiblePaths"] == ["/var/lib/fedseg/relay"]
     extra = unit("sites/systemd/fedseg-relay@.service.d/coordinator.conf")

@@ -9,6 +9,7 @@ import pytest
 from small_plans import built_plan, private_plan
 
 from fedseg.errors import DataError, PrivacyError
+from fedseg.evaluation.thresholds import Thresholds
 from sites.policy import TEMPLATE, Policy, authorise, limits_of, load_policy, open_at, rules
 
 OPEN = Policy(privacy_none=True)
@@ -171,3 +172,25 @@ def test_a_file_that_is_silent_has_the_templates_budget(tmp_path: Path) -> None:
         limits_of(Policy(total_epsilon=None))
     within = limits_of(Policy(largest_epsilon=None, largest_delta=None))
     assert (within.study_epsilon, within.study_delta) == (within.total_epsilon, within.total_delta)
+
+
+def test_thresholds_for_models_are_a_section_of_their_own(tmp_path: Path) -> None:
+    text = TEMPLATE.replace(
+        "acceptance: null", "acceptance:\n  dice_at_least: 0.8\n  patients_at_least: 20"
+    )
+    found = load_policy(policy_file(tmp_path, text)).acceptance
+    assert found is not None and (found.dice_at_least, found.patients_at_least) == (0.8, 20)
+    assert found.asked and not Thresholds(patients_at_least=20).asked
+    example = "\n".join(
+        line.removeprefix("# ")
+        for line in TEMPLATE.splitlines()
+        if line.startswith(("# acceptance:", "#   "))
+    )
+    whole = load_policy(policy_file(tmp_path, example)).acceptance
+    assert whole is not None and None not in whole.model_dump().values()
+
+
+@pytest.mark.parametrize("line", ["dice_at_least: 1.2", "dice: 0.8", "dice_at_least: high"])
+def test_thresholds_that_mean_nothing_are_refused(tmp_path: Path, line: str) -> None:
+    with pytest.raises(DataError, match="acceptance"):
+        load_policy(policy_file(tmp_path, f"acceptance:\n  {line}\n"))

@@ -53,7 +53,8 @@ def test_private_folders_and_files_are_the_owners_whatever_the_umask(tmp_path: P
     }
     keys = ("trainer/signing.key", "trainer/receiving.key", "relay/node.key")
     assert {modes[name] for name in keys} == {0o600}
-    assert {modes[name] for name in ("trainer", "relay", "studies", "cache", "models")} == {0o700}
+    own = ("trainer", "relay", "studies", "cache", "models", "validations")
+    assert {modes[name] for name in own} == {0o700}
 
 
 def test_a_wider_folder_is_narrowed_and_a_narrower_one_left(tmp_path: Path) -> None:
