@@ -36,6 +36,22 @@ class RoundError(FedsegError):
     """A round cannot be finished: too few sites, an answer that does not fit, a full disk."""
 
 
+class UntaughtLabelError(RoundError):
+    """No hospital that takes part annotates some of the plan's labels: nobody could teach them.
+
+    Attributes:
+        labels: their names, in the plan's order.
+    """
+
+    def __init__(self, labels: tuple[str, ...], annotated: dict[str, tuple[str, ...]]) -> None:
+        said = "; ".join(f"{site}: {', '.join(own)}" for site, own in sorted(annotated.items()))
+        super().__init__(
+            f"no hospital that enlisted annotates {', '.join(labels)} ({said}): wait for one that "
+            "does, and start the study again, or take the label out of the plan"
+        )
+        self.labels = labels
+
+
 class StorageError(RoundError):
     """A file could not be written; the one before it is untouched."""
 

@@ -33,7 +33,8 @@ class PatientScores(Frozen):
     """One patient's metrics by label name; a patient's cases are averaged first.
 
     A value is None where the metric is undefined: the label is neither in the truth nor in the
-    prediction of any case. HD95 is in mm; NSD (surface Dice) and Dice are in [0, 1].
+    prediction of any case, or the hospital does not annotate it. HD95 is in mm; NSD (surface
+    Dice) and Dice are in [0, 1].
     """
 
     site: str
@@ -81,7 +82,8 @@ class SiteAnswer(Frozen):
     """What one site answered in one stage. `scores` is metric -> label -> mean over patients.
 
     `patients` is None where the site withholds how many they are. `head` is the blinded head of
-    its ledger, where it keeps one.
+    its ledger, where it keeps one. `labels` are those that it annotates, where it enlisted with
+    some of the plan's alone.
 
     Attributes:
         update_norm: L2 norm of the update, in a training stage that was closed with it; so are the
@@ -105,6 +107,7 @@ class SiteAnswer(Frozen):
     update_twin: str | None = None
     update_cosine: float | None = None
     update_distance: float | None = None
+    labels: tuple[str, ...] | None = None
 
     @property
     def mean_dice(self) -> float | None:
@@ -133,12 +136,18 @@ class StageRecord(Frozen):
 
 
 class SiteSummary(Frozen):
-    """How much data a site brought, and how many cases were left out as unusable."""
+    """How much data a site brought, and how many cases were left out as unusable.
+
+    `annotated` are the labels it trained with, where these are some of the plan's alone. A metric
+    of another label is None at that hospital, except where its data know more than it trained
+    with (labels withheld in a simulation).
+    """
 
     name: str
     patients: dict[str, int]
     cases: dict[str, int]
     left_out: int = 0
+    annotated: tuple[str, ...] | None = None
 
 
 class Arm(Frozen):

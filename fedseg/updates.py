@@ -64,12 +64,17 @@ class Enlisted(Frozen):
     """The site is ready: patients and cases by split, and cases left out as unusable.
 
     None is a number that the plan or the hospital withholds; so it is in every body.
+
+    Attributes:
+        labels: the plan's labels that the hospital declares to annotate, by their numbers. That is
+            no count, and nothing about a single patient. None is all of them.
     """
 
     kind: Literal["enlist"] = "enlist"
     patients: dict[SplitName, NotNegativeInt | None]
     cases: dict[SplitName, NotNegativeInt | None]
     left_out: NotNegativeInt | None
+    labels: tuple[str, ...] | None = None
 
 
 class Trained(Frozen):
@@ -229,7 +234,8 @@ def _longest_body(body: Body, plan: StudyPlan) -> Body:
     match body:
         case Enlisted():
             most = dict.fromkeys(splits, count)
-            return Enlisted(patients=most, cases=most, left_out=count)
+            every = tuple(plan.task.labels)
+            return Enlisted(patients=most, cases=most, left_out=count, labels=every)
         case Trained():
             return Trained(patients=count, steps=count, loss=number)
         case Evaluated():
@@ -281,7 +287,8 @@ def open_answer(
         raise AnswerError(header.body.code, "the site refused or failed; its audit has the reason")
     if header.body.kind != stage:
         raise AnswerError("stage", f"a {header.body.kind} answer came in the stage {stage}")
-    wrong = _outside_plan(header.body, plan, model) or _not_let_out(header.body, plan)
+    body = header.body
+    wrong = _outside_plan(body, plan, model) or _odd_labels(body, plan) or _not_let_out(body, plan)
     if wrong:
         raise AnswerError("malformed", wrong)
     bad = [name for name, array in delta.items() if not np.isfinite(array).all()]
@@ -309,6 +316,16 @@ def _outside_plan(body: Body, plan: StudyPlan, model: str | None) -> str | None:
             if not all(0 <= value <= highest for value in known):
                 return f"a {metric} is outside its range"
     return None
+
+
+def _odd_labels(body: Body, plan: StudyPlan) -> str | None:
+    """What is wrong with the labels that a site declares, or None."""
+    if not isinstance(body, Enlisted) or body.labels is None:
+        return None
+    told = set(body.labels)
+    if told and len(told) == len(body.labels) and told <= plan.task.labels.keys():
+        return None
+    return "the labels that it annotates are not at least one of the plan's, each once"
 
 
 def _not_let_out(body: Body, plan: StudyPlan) -> str | None:

@@ -42,7 +42,8 @@ class CohortRecord(Frozen):
         patients: patients of them by split.
         left_out: cases of this site that cannot be used.
         unlisted: rows or files of the folder that could not even be listed as cases.
-        fingerprint: over patients, splits, label map and files.
+        fingerprint: over patients, splits, label map, declared labels and files.
+        annotated: the plan's labels that the hospital declares to annotate; None is all of them.
     """
 
     format: Literal["fedseg-cohort/1"] = "fedseg-cohort/1"
@@ -55,6 +56,7 @@ class CohortRecord(Frozen):
     left_out: NotNegativeInt
     unlisted: NotNegativeInt
     fingerprint: Digest
+    annotated: tuple[str, ...] | None = None
 
     @property
     def digest(self) -> str:

@@ -90,6 +90,7 @@ def choose_cohort(
         left_out=cohorts[row].left_out,
         unlisted=_unlisted(manifest),
         fingerprint=_fingerprint(cohort),
+        annotated=cohort.annotated,
     )
     whole = manifest.cohort(row).patients
     return Chosen(cohort, record, inspection, len(whole) - len(cohort.patients))

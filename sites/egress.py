@@ -47,7 +47,13 @@ HEADER: Mapping[str, About] = {
     "head": "protocol",
 }
 BODIES: Mapping[type[Body], Mapping[str, About]] = {
-    Enlisted: {"kind": "protocol", "patients": "counts", "cases": "counts", "left_out": "counts"},
+    Enlisted: {
+        "kind": "protocol",
+        "patients": "counts",
+        "cases": "counts",
+        "left_out": "counts",
+        "labels": "protocol",
+    },
     Trained: {"kind": "protocol", "steps": "protocol", "patients": "counts", "loss": "losses"},
     Evaluated: {"kind": "protocol", "patients": "counts", "scores": "metrics"},
     Received: {"kind": "protocol", "model": "protocol"},
@@ -76,6 +82,7 @@ def permitted(body: Body, plan: StudyPlan, suppress_below: int | None = None) ->
     outputs, least = plan.privacy.outputs, _least(plan, suppress_below)
     match body:
         case Enlisted():
+            _require_plans_labels(body, plan)
             kept = {
                 split: _lets_out(outputs.counts, patients, least)
                 for split, patients in body.patients.items()
@@ -84,6 +91,7 @@ def permitted(body: Body, plan: StudyPlan, suppress_below: int | None = None) ->
                 patients={s: n if kept[s] else None for s, n in body.patients.items()},
                 cases={s: n if kept.get(s) else None for s, n in body.cases.items()},
                 left_out=body.left_out if outputs.counts == "plain" else None,
+                labels=body.labels,
             )
         case Trained():
             loss = _lets_out(outputs.losses, body.patients, least)
@@ -192,6 +200,7 @@ def require_permitted(
     said: list[tuple[Openness, int | None, bool]] = []  # how it leaves, of how many, whether it is
     match body:
         case Enlisted():
+            _require_plans_labels(body, plan)
             for split, patients in body.patients.items():
                 there = patients is not None or body.cases.get(split) is not None
                 said.append((outputs.counts, patients, there))
@@ -241,6 +250,12 @@ def _require_listed(body: Body) -> None:
     if type(body).model_fields.keys() != fields.keys():
         odd = type(body).model_fields.keys() ^ fields.keys()
         raise PrivacyError(_unlisted(type(body).__name__, odd))
+
+
+def _require_plans_labels(body: Enlisted, plan: StudyPlan) -> None:
+    """Refuse words that are no labels of the plan where a hospital declares what it annotates."""
+    if not set(body.labels or ()) <= plan.task.labels.keys():
+        raise PrivacyError("what a hospital says of its labels names others than the plan's")
 
 
 def _unlisted(what: str, odd: set[str]) -> str:

@@ -29,7 +29,13 @@ def leaves(plan: StudyPlan, record: CohortRecord | None) -> tuple[str, ...]:
     Args:
         record: the frozen cohort, or None where none is chosen.
     """
-    lines = [_enlisting(plan), _updates(plan), *_scores(plan, record), _last(plan)]
+    lines = [
+        _enlisting(plan),
+        _labels(plan, record),
+        _updates(plan),
+        *_scores(plan, record),
+        _last(plan),
+    ]
     if plan.private:
         lines += _form(plan)
     lines.append(
@@ -49,6 +55,24 @@ def _enlisting(plan: StudyPlan) -> str:
     if outputs.counts == "suppressed":
         return f"{begin} {said}, {_many(plan)}; how many images were left out is not told."
     return f"{begin} {said}, and how many images were left out."
+
+
+def _labels(plan: StudyPlan, record: CohortRecord | None) -> str:
+    """What is said of the labels that are drawn here."""
+    begin = "With it, which of the study's structures are drawn at this hospital"
+    if record is None:
+        return f"{begin}, as labels.yaml beside the data declares it: their names, no count."
+    own = record.annotated
+    if own is None:
+        return f"{begin}: that all are ({listed(list(plan.task.labels))}), and no count of any."
+    lacking = [name for name in plan.task.labels if name not in own]
+    if not lacking:
+        return f"{begin}: that all are ({listed(list(own))}), and no count of any."
+    return (
+        f"{begin}: {listed(list(own))}, and no count of any. So everybody in the study can see "
+        f"that {listed(lacking)} is not drawn here; it is neither taught nor measured with your "
+        "patients."
+    )
 
 
 def _updates(plan: StudyPlan) -> str:

@@ -114,6 +114,7 @@ class Trainer:
         self._noise = noise or (lambda _purpose: Noise.from_system())
         if plan.private is not None:
             self._paid.require_registered(cohort)
+            cohort.require_annotated_alike()
         self._network = build_network(plan.model, plan.task).to(torch.device(device))
         freeze(self._network, plan.training.trainable)
         require_division(self._network, plan)
@@ -197,13 +198,14 @@ class Trainer:
             logger.exception("the journal cannot be written: make room or mend its rights")
 
     def _enlist(self) -> Enlisted:
-        """Say what the cohort brings."""
+        """Say what the cohort brings, and with which labels."""
         parts = {name: self._cohort.split(name) for name in ("train", "val", "test")}
         self._journal.write("enlisted")
         return Enlisted(
             patients={name: len(part.patients) for name, part in parts.items()},
             cases={name: len(part.cases) for name, part in parts.items()},
             left_out=self._left_out,
+            labels=self._cohort.annotated,
         )
 
     def _train(self, header: TaskHeader, model: Arrays, control: Arrays) -> tuple[Trained, Arrays]:
@@ -237,6 +239,7 @@ class Trainer:
                 site=self._cohort.site,
                 noise=self._noise(self._purpose(header)),
                 how=self._how,
+                annotated=self._cohort.annotated,
                 optimiser_state=memory.optimiser or None,
                 anchor=model,
             )
@@ -284,7 +287,8 @@ class Trainer:
         """Metrics over the `val` patients, with noise, over a number that the plan declares."""
         self._paid.require_registered(self._cohort)  # as above
         patients = self._measured(header, model)
-        scores = noised_means(patients, self._plan, self._noise(self._purpose(header)))
+        noise = self._noise(self._purpose(header))
+        scores = noised_means(patients, self._plan, noise, self._cohort.annotated)
         self._journal.write("evaluated", round=header.round, patients=len(patients))
         return self._permitted(Evaluated(patients=len(patients), scores=scores)), None
 

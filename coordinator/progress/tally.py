@@ -84,11 +84,15 @@ class Sighting(Frozen):
 
 
 class SiteProgress(Frozen):
-    """One site over the whole study. Bytes count accepted answers and the tasks sent for them."""
+    """One site over the whole study. Bytes count accepted answers and the tasks sent for them.
+
+    `labels`: those of the plan that it annotates; None where that is all, or not known yet.
+    """
 
     name: str
     sighting: Sighting
     patients: int | None = None
+    labels: tuple[str, ...] | None = None
     answers: int = 0
     failures: int = 0
     last_failure: FailureEntry | None = None
@@ -201,6 +205,7 @@ def _site(name: str, parts: Sequence[Asked], sighting: Sighting) -> SiteProgress
         name=name,
         sighting=sighting,
         patients=next((a.patients for r, a in answers[::-1] if r.stage in COUNTED), None),
+        labels=next((a.labels for r, a in answers[::-1] if r.stage == "enlist"), None),
         answers=len(answers),
         failures=len(failures),
         last_failure=failures[-1] if failures else None,

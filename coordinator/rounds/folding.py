@@ -172,7 +172,7 @@ def _answer_of(header: AnswerHeader, size: int) -> SiteAnswer:
     if isinstance(body, Trained):
         said = {"patients": body.patients, "steps": body.steps, "loss": body.loss}
     elif isinstance(body, Enlisted):
-        said = {"patients": body.patients.get("train", 0)}
+        said = {"patients": body.patients.get("train", 0), "labels": body.labels}
     elif isinstance(body, Evaluated):
         said = {"patients": body.patients, "scores": body.scores}
     return answer.model_copy(update=said)

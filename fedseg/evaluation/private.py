@@ -45,7 +45,10 @@ def measurable(
 
 
 def noised_means(
-    patients: Sequence[PatientScores], plan: StudyPlan, noise: Noise
+    patients: Sequence[PatientScores],
+    plan: StudyPlan,
+    noise: Noise,
+    annotated: Sequence[str] | None = None,
 ) -> dict[str, Scores]:
     """Metric -> label -> noisy sum over the patients, over `expected_validation`.
 
@@ -53,9 +56,11 @@ def noised_means(
         patients: each once; metrics are clipped to [0, 1].
         plan: private and built; its metrics leave noised.
         noise: fresh for this release; a seeded one gives no privacy.
+        annotated: names of the labels that the site declares to annotate; None is all of them.
 
     Returns:
-        every metric and label of the plan, clipped to [0, 1] after the noise.
+        every metric and label of the plan, clipped to [0, 1] after the noise; None for labels that
+        the site does not annotate, which depends on no patient.
 
     Raises:
         PlanError: the plan does not release noised metrics.
@@ -71,7 +76,10 @@ def noised_means(
     total += noise.gaussian(shape, multiplier * sqrt(shape[0] * shape[1]))
     means = np.clip(total / promise.expected_validation, 0.0, 1.0)
     return {
-        metric: dict(zip(labels, row, strict=True))
+        metric: {
+            label: mean if annotated is None or label in annotated else None
+            for label, mean in zip(labels, row, strict=True)
+        }
         for metric, row in zip(metrics, means.tolist(), strict=True)
     }
 

@@ -29,8 +29,8 @@ class Case:
         split: train, val or test.
         images: one path a channel, in the plan's order; a folder is a DICOM series.
         label: the label map (NIfTI, or DICOM SEG), or None where the case has none.
-        annotated: names of the study's labels that the label map marks wherever they are, in the
-            plan's order; None is all of them. Of any other label it says nothing: background may
+        annotated: names of the study's labels that the label map marks wherever they are, by
+            their numbers; None is all of them. Of any other label it says nothing: background may
             hold it. A hospital declares it, for all its cases alike.
     """
 
@@ -109,11 +109,23 @@ class Cohort:
             return None
         return tuple(dict.fromkeys(name for names in declared for name in names or ()))
 
+    def require_annotated_alike(self) -> None:
+        """Refuse cases that are annotated with different labels.
+
+        Raises:
+            DataError: they are; a guarantee needs the labels to be the hospital's, not a patient's.
+        """
+        if len({case.annotated for case in self.cases}) > 1:
+            raise DataError(
+                "the patients of this site are annotated with different labels: under a privacy "
+                "guarantee a hospital declares one list of labels for all its patients"
+            )
+
     def annotated_with(self, labels: Iterable[str]) -> Cohort:
         """The same cases, annotated with these labels alone; what else is drawn is not looked at.
 
         Args:
-            labels: names of the study's, in the plan's order.
+            labels: names of the study's, by their numbers.
         """
         names = tuple(labels)
         return self._only(replace(case, annotated=names) for case in self.cases)

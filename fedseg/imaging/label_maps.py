@@ -83,7 +83,7 @@ def annotated_at(file: LabelsFile | None, task: Task, sites: Collection[str]) ->
         sites: of the data; "" where these name none.
 
     Returns:
-        Labels by the plan's names, in the plan's order.
+        Labels by the plan's names, in the order of their numbers.
 
     Raises:
         DataError: a label that the study has not, or a site that the data have not.
@@ -169,7 +169,7 @@ def _names(said: Any) -> Names:
 
 
 def _in_plan(names: Names, task: Task) -> Names:
-    """Declared names as the plan writes them, in its order."""
+    """Declared names as the plan writes them, in the order of its numbers."""
     wanted = {name.casefold() for name in names}
     unknown = sorted(wanted - {name.casefold() for name in task.labels})
     if unknown:
@@ -177,4 +177,5 @@ def _in_plan(names: Names, task: Task) -> Names:
             f"'{ANNOTATED}' in {LABELS_FILE} names {', '.join(unknown[:8])}; the study's labels "
             f"are {', '.join(task.labels)}"
         )
-    return tuple(name for name in task.labels if name.casefold() in wanted)
+    by_value = sorted(task.labels, key=task.labels.__getitem__)
+    return tuple(name for name in by_value if name.casefold() in wanted)

@@ -52,7 +52,7 @@ def withheld(
 def _less(cohort: Cohort, lost: set[str], task: Task) -> Cohort:
     """One cohort less some of its labels."""
     own = task.labels if cohort.annotated is None else cohort.annotated
-    left = [name for name in own if name not in lost]
+    left = [name for name in sorted(own, key=task.labels.__getitem__) if name not in lost]
     if not left:
         raise PlanError(
             f"--without leaves {cohort.site} no label: a hospital that annotates none has nothing "

@@ -12,7 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -57,6 +57,7 @@ from fedseg.simulation.federation import (
 from fedseg.simulation.finetuning import SIMULATED, OwnModels, finetune_everywhere
 from fedseg.simulation.folder import pin, refuse_occupied
 from fedseg.simulation.overlays import overlays_of
+from fedseg.simulation.partial import withheld
 from fedseg.simulation.rehearsal import Fault
 from fedseg.simulation.scoring import (
     Scorer,
@@ -84,6 +85,8 @@ class Options:
         device: of torch.
         initial: start from this model instead of the plan's seed (its digest is the plan's).
         noise_seed: repeats the noise of a private plan: everything is marked as not private.
+        without: (site, label): what a hospital is trained as if it did not annotate. Models are
+            still measured on all that is drawn there.
         finetune: how each hospital fine-tunes in the end; None leaves it out.
     """
 
@@ -97,6 +100,7 @@ class Options:
     device: str = "cpu"
     initial: Mapping[str, NDArray[Any]] | None = None
     noise_seed: int | None = None
+    without: tuple[tuple[str, str], ...] = ()
     finetune: Finetuning | None = SIMULATED
 
 
@@ -159,9 +163,10 @@ def simulate(
     if unlisted:
         text = f"{len(unlisted)} cases cannot even be listed: `fedseg-site check` names each"
         watch(Progress("federated", text))
-    cohorts, left_out = _usable_cohorts(
+    drawn, left_out = _usable_cohorts(
         manifest, plan, lambda case: watch(Progress("federated", f"checking {case}"))
     )
+    cohorts = withheld(drawn, plan.task, options.without)
     whole = Federation(
         plan=plan,
         initial=initial,
@@ -179,11 +184,11 @@ def simulate(
     trained = {"federated": _run(whole, "federated", options, watch)}
     for name, alone in baselines_of(whole, out, options.baselines):
         trained[name] = _run(alone, name, options, watch)
-    split = split_to_measure(cohorts)
+    split = split_to_measure(drawn)
     final = released(trained["federated"].state, plan)
     own = _finetuned(whole, final, options.finetune, split, out, watch)
     watch(Progress("federated", "measuring"))
-    scorer = Scorer(whole, split)
+    scorer = Scorer(replace(whole, cohorts=drawn), split)
     names: tuple[ArmName, ...] = ("federated", *options.baselines)
     arms = tuple(_arm(name, trained, scorer) for name in names)
     if own is not None:
@@ -380,6 +385,7 @@ def _summary(cohort: Cohort, left_out: int) -> SiteSummary:
         patients={name: len(part.patients) for name, part in parts.items()},
         cases={name: len(part.cases) for name, part in parts.items()},
         left_out=left_out,
+        annotated=cohort.annotated,
     )
 
 

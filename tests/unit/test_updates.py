@@ -177,6 +177,8 @@ SCORES = [
         [
             Enlisted(patients={}, cases={}, left_out=None),
             Enlisted(patients={"train": 1234}, cases={"train": None, "val": 3}, left_out=17),
+            Enlisted(patients={}, cases={}, left_out=None, labels=("anterior",)),
+            Enlisted(patients={}, cases={}, left_out=None, labels=("anterior", "posterior")),
         ],
         [Refused(code="plan"), Refused(code="not_finite"), Refused(code="failed")],
     ],
