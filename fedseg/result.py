@@ -89,7 +89,7 @@ class SiteAnswer(Frozen):
         update_norm: L2 norm of the update, in a training stage that was closed with it; so are the
             next four. They come from the update alone, which may be noised.
         update_agreement: median over the other sites of the cosine between the two updates,
-            estimated to about 0.02.
+            estimated to about 0.01.
         update_twin: a site whose update is the same but for its size.
         update_cosine: of the update and what the round came to; estimated so for means.
         update_distance: L2 distance of the two; None for means, which keep no update.

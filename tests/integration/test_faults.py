@@ -16,7 +16,7 @@ from fedseg.plan import StudyPlan
 from fedseg.result import StageRecord, load_result
 from fedseg.simulation import Options, simulate
 from fedseg.simulation.federation import Federation, run_federation
-from fedseg.simulation.rehearsal import Fault, Kind, parse_fault
+from fedseg.simulation.rehearsal import Broken, Fault, Kind, parse_fault
 
 CODES: dict[Kind, str] = {
     "crash": "crashed",
@@ -49,7 +49,7 @@ def _training(history: tuple[StageRecord, ...]) -> dict[int, StageRecord]:
     return {record.round: record for record in history if record.stage == "train"}
 
 
-@pytest.mark.parametrize("kind", [kind for kind in get_args(Kind) if kind != "hang"])
+@pytest.mark.parametrize("kind", [kind for kind in get_args(Broken) if kind != "hang"])
 def test_a_broken_site_is_named_and_the_others_count(
     kind: Kind, federation: Federation, undisturbed_digest: str
 ) -> None:
