@@ -6,7 +6,17 @@ import typer
 
 from fedseg.shell import run
 from sites import check, doctor
-from sites.commands import audit, control, egress, enrolment, ledger, models, plans
+from sites.commands import (
+    audit,
+    control,
+    egress,
+    enrolment,
+    finetuning,
+    ledger,
+    models,
+    plans,
+    validation,
+)
 
 HELP = "Check a hospital's data, take part in studies on its own terms, and use their models."
 
@@ -30,6 +40,11 @@ app.command("resume", epilog="Example:  fedseg-site resume")(control.resume)
 app.command("stop", epilog="Example:  fedseg-site stop")(control.stop)
 app.command("trainer", epilog="Example:  fedseg-site trainer --site SITEDIR")(control.trainer)
 app.command("relay", epilog="Example:  fedseg-site relay lung --site SITEDIR")(control.relay)
+app.command("finetune", epilog=finetuning.FINETUNE_EPILOG)(finetuning.finetune)
+app.command("models", epilog=models.MODELS_EPILOG)(models.models)
+app.command("accept", epilog=models.ACCEPT_EPILOG)(models.accept)
+app.command("reject", epilog=models.REJECT_EPILOG)(models.reject)
+app.command("validate", epilog=validation.VALIDATE_EPILOG)(validation.validate)
 app.command("predict", epilog=models.PREDICT_EPILOG)(models.predict)
 app.add_typer(audit.audit, name="audit")
 app.add_typer(audit.backup, name="backup")

@@ -77,7 +77,17 @@ def predict(
     out: Annotated[Path, typer.Option(help="Folder for NAME_mask.nii.gz.")],
     device: Device = "cpu",
 ) -> None:
-    """Segment images; masks are NIfTI files in each image's own geometry."""
+    """Segment images; masks are NIfTI files in each image's own geometry and name the model."""
+    segment(model, images, out, device)
+
+
+def segment(model: Path, images: list[Path], out: Path, device: str) -> None:
+    """Write a mask of each image, and tell its path.
+
+    Raises:
+        DataError: the images do not fit the model's channels, or one cannot be read.
+        TrustError: the model file cannot be trusted.
+    """
     from fedseg.evaluation.predict import predict_images
 
     header, network = _load(model, device)
@@ -88,7 +98,8 @@ def predict(
             f"{', '.join(c.name for c in header.plan.task.channels)}; {len(images)} came"
         )
     cases = [images[i : i + channels] for i in range(0, len(images), channels)]
-    masks = predict_images(network, header.plan, cases, out)
+    note = f"fedseg {header.model_digest}"
+    masks = predict_images(network, header.plan, cases, out, note=note)
     console = Console()
     for mask in track(masks, "segmenting", total=len(cases), console=Console(stderr=True)):
         console.print(str(mask), highlight=False, soft_wrap=True)
@@ -96,15 +107,21 @@ def predict(
 
 def _load(path: Path, device: str) -> tuple[ModelHeader, nn.Module]:
     """A model file and its network, with the weights in it."""
-    from fedseg.modelfile import load_model
+    from fedseg.modelfile import FINETUNED, load_model
     from fedseg.models.devices import require_device
     from fedseg.models.zoo import build_network, load_tensors
 
     device = require_device(device)
     header, tensors = load_model(path)
-    if header.private is False:
+    if header.arm != FINETUNED and header.private is False:
         text = "[bold red]NOT PRIVATE[/]: this model was trained with seeded noise, for science"
         Console(stderr=True).print(text)
+    if header.stays:
+        text = (
+            "[bold yellow]stays here[/]: this model was made from one hospital's patients without "
+            "a guarantee; neither it nor a copy leaves that hospital"
+        )
+        Console(stderr=True, soft_wrap=True).print(text)
     network = build_network(header.plan.model, header.plan.task)
     load_tensors(network, tensors)
     return header, network.to(device)

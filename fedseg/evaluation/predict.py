@@ -26,7 +26,12 @@ _NIFTI: Any = nibabel.nifti1.Nifti1Image
 
 
 def predict_images(
-    network: nn.Module, plan: StudyPlan, images: Sequence[Sequence[Path]], out: Path
+    network: nn.Module,
+    plan: StudyPlan,
+    images: Sequence[Sequence[Path]],
+    out: Path,
+    *,
+    note: str = "",
 ) -> Iterator[Path]:
     """Segment images one by one and write NAME_mask.nii.gz for each.
 
@@ -36,6 +41,7 @@ def predict_images(
         images: for each image its paths, one a channel in the plan's order; a folder is a DICOM
             series. NAME is the first path's name without .nii or .nii.gz.
         out: a folder; made where it does not exist.
+        note: goes into the header of each mask (`descrip`, at most 79 ASCII characters).
 
     Yields:
         The path of each mask once it is written: uint8 in the study's label values, on the voxel
@@ -55,11 +61,13 @@ def predict_images(
     for name, paths in zip(names, images, strict=True):
         mask, affine = _predict(network, plan, paths)
         path = out / f"{name}_mask.nii.gz"
-        write_mask(mask, affine, path)
+        write_mask(mask, affine, path, note)
         yield path
 
 
-def write_mask(mask: NDArray[np.uint8], affine_ras: NDArray[np.float64], path: Path) -> None:
+def write_mask(
+    mask: NDArray[np.uint8], affine_ras: NDArray[np.float64], path: Path, note: str = ""
+) -> None:
     """Write a mask as NIfTI: whole or not at all.
 
     Args:
@@ -67,6 +75,7 @@ def write_mask(mask: NDArray[np.uint8], affine_ras: NDArray[np.float64], path: P
         affine_ras: (4, 4), voxel index -> RAS+ mm; it goes into the sform, and into the qform where
             that can hold it (no shear).
         path: ends in .nii or .nii.gz; equal masks give equal bytes.
+        note: for the header, at most 79 ASCII characters.
 
     Raises:
         StorageError: it cannot be written; a mask before it is untouched.
@@ -77,6 +86,7 @@ def write_mask(mask: NDArray[np.uint8], affine_ras: NDArray[np.float64], path: P
     if np.allclose(axes.T @ axes, np.eye(3), atol=1e-5):
         image.set_qform(affine_ras, code="scanner")
     image.header.set_xyzt_units("mm")
+    image.header["descrip"] = note.encode("ascii")
     data: bytes = image.to_bytes()
     write_atomically(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 

@@ -285,9 +285,9 @@ def test_the_folder_may_be_named_by_the_environment(
     assert "no study" in run("studies").stdout
 
 
-def test_predict_names_the_models_that_are_there(tmp_path: Path) -> None:
+def test_predict_uses_no_model_that_nobody_accepted(tmp_path: Path) -> None:
     one = member(tmp_path)
     one.folder.model("liver").write_bytes(b"")
     args = ("predict", "lung", tmp_path / "x.nii", "--out", tmp_path, "--site", one.folder.path)
-    with pytest.raises(DataError, match=r"models: liver"):
+    with pytest.raises(DataError, match=r"no model of lung is in use at this site"):
         run(*args)

@@ -1,0 +1,208 @@
+"""`fedseg-site finetune`: a model trained on with this hospital's own patients, for this hospital.
+
+What comes out was made from patients without a guarantee, so it does not leave: it is written for
+its owner alone, says so in its header, and no study can start from it. Patients who withdrew are
+left out. The audit has an entry for every model that was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedseg.errors import DataError
+from fedseg.imaging.cache import CaseCache
+from fedseg.imaging.cases import Cohort
+from fedseg.learning.finetune import Finetuning, State
+from fedseg.learning.finetuned import Finetuned, finetune_to_the_end, save_finetuned
+from fedseg.learning.stopping import Division, divided
+from fedseg.modelfile import load_model
+from fedseg.models.devices import require_device
+from fedseg.plan import StudyPlan
+from fedseg.security.keys import SigningKey
+from sites.approval import frozen_record
+from sites.audit import record, utc_now
+from sites.cohort import Progress, choose_cohort, recorded_cohort
+from sites.folder import SiteFolder, as_owner_of
+from sites.patients import PreparedPatients
+
+UNFINISHED = ".unfinished"
+VAIN = "finetuned_in_vain"
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A hospital with a folder, and the key that signs its audit."""
+
+    folder: SiteFolder
+    key: SigningKey
+
+
+@dataclass(frozen=True)
+class Patients:
+    """Whom a model may be fine-tuned on.
+
+    Attributes:
+        cohort: usable cases, all splits.
+        fingerprint: of the data.
+        withdrawn: patients who were left out because they withdrew.
+    """
+
+    cohort: Cohort
+    fingerprint: str
+    withdrawn: int = 0
+
+
+def approved_patients(owner: Owner, plan: StudyPlan) -> Patients:
+    """The cohort that was approved with a study's plan, less who withdrew.
+
+    Raises:
+        DataError: nothing is approved for this plan here, or the data changed since.
+        TrustError: approval or ledger were edited.
+    """
+    folder = owner.folder
+    found = frozen_record(folder, plan.study, plan.digest)
+    if found is None:
+        raise DataError(
+            f"no data are approved here for the plan of {plan.study} that this model was trained "
+            "by: name the hospital's data with --data DIR"
+        )
+    cohort = recorded_cohort(folder.record.name, plan, found)
+    return _without_withdrawn(owner, Patients(cohort, found.fingerprint))
+
+
+def patients_in(
+    data: Path,
+    plan: StudyPlan,
+    *,
+    owner: Owner | None,
+    table: str | None,
+    row: str | None,
+    progress: Progress,
+) -> Patients:
+    """The usable cases of a data folder; at a site, less who withdrew.
+
+    Args:
+        row: what the data call this site, where they name several.
+
+    Raises:
+        DataError: the folder cannot be read, does not fit the plan's task, or leaves nobody.
+    """
+    name = owner.folder.record.name if owner else row or "here"
+    chosen = choose_cohort(name, plan, data, table=table, row=row, progress=progress)
+    found = Patients(chosen.cohort, chosen.record.fingerprint)
+    return found if owner is None else _without_withdrawn(owner, found)
+
+
+def finetune_here(
+    start: Path,
+    patients: Patients,
+    settings: Finetuning,
+    *,
+    out: Path,
+    cache: Path,
+    owner: Owner | None,
+    device: str,
+    progress: Callable[[State], None],
+    now: Callable[[], str] = utc_now,
+) -> tuple[Finetuned, Division]:
+    """Fine-tune a model file into another, or go on with what was killed.
+
+    Args:
+        start: the model file.
+        out: a new model file.
+        owner: whose audit has it; None for a researcher without a site.
+        progress: is told of every look at the stopping patients.
+
+    Returns:
+        What it came to, and who was trained on. Where nothing was better than the start, no file
+        was written.
+
+    Raises:
+        DataError: `out` is there, too few patients, or another fine-tuning was begun there.
+        PlanError: the network has nothing to train of that kind.
+        NotFiniteError: training ran away.
+        TrustError, StorageError: a file cannot be trusted or written.
+    """
+    require_device(device)
+    header, model = load_model(start)
+    kept = out.with_name(out.name + UNFINISHED)
+    require_new(out)
+    parts = divided(patients.cohort, seed=settings.seed)
+    prepared = CaseCache(cache, header.plan.task)
+    with as_owner_of(owner.folder.trainer) if owner else nullcontext():
+        tuned = finetune_to_the_end(
+            header.plan,
+            model,
+            PreparedPatients(parts.training, prepared),
+            PreparedPatients(parts.stopping, prepared),
+            settings,
+            site=patients.cohort.site,
+            kept=kept,
+            data=patients.fingerprint,
+            device=device,
+            progress=progress,
+        )
+        released = header.released or header.model_digest
+        if tuned.best_check:
+            save_finetuned(out, header.plan, tuned, rounds=header.rounds, released=released)
+    if owner is not None:
+        _audit(owner, tuned, parts, settings, start=start, out=out, now=now)
+    kept.unlink(missing_ok=True)
+    return tuned, parts
+
+
+def require_new(out: Path) -> None:
+    """Refuse to write over anything.
+
+    Raises:
+        DataError: something is there.
+    """
+    if out.exists():
+        raise DataError(f"{out.name} is there already: name another file with --out")
+
+
+def _audit(
+    owner: Owner,
+    tuned: Finetuned,
+    parts: Division,
+    settings: Finetuning,
+    *,
+    start: Path,
+    out: Path,
+    now: Callable[[], str],
+) -> None:
+    """Enter what was made of whom; the file that is named is on disk."""
+    before, _ = load_model(start)
+    made = load_model(out)[0] if tuned.best_check else None
+    record(
+        owner.folder,
+        owner.key,
+        "finetuned" if made else VAIN,
+        now,
+        study=before.plan.study,
+        plan=before.plan_digest,
+        start=before.model_digest,
+        model=made.model_digest if made else None,
+        file=out.name if made else None,
+        kind=settings.kind,
+        steps=tuned.steps,
+        training_patients=len(parts.training.patients),
+        stopping_patients=len(parts.stopping.patients),
+    )
+
+
+def _without_withdrawn(owner: Owner, patients: Patients) -> Patients:
+    """The patients less those who withdrew; where there never was a ledger, nobody could."""
+    from sites.ledger import begun, look_at, without_withdrawn
+
+    folder = owner.folder
+    with as_owner_of(folder.trainer):
+        if not begun(folder, owner.key, utc_now):
+            return patients
+        ledger, _ = look_at(folder, owner.key, utc_now)
+        left = without_withdrawn(ledger, patients.cohort)
+    gone = len(patients.cohort.patients) - len(left.patients)
+    return Patients(left, patients.fingerprint, gone)
