@@ -44,7 +44,7 @@ def run(
         str, typer.Option(help="Arms to train beside the federation: pooled,local.")
     ] = "",
     fault: Annotated[
-        list[str] | None, typer.Option(help="SITE:KIND@ROUND: a hospital that fails on purpose.")
+        list[str] | None, typer.Option(help="SITE:KIND@ROUND: a hospital that fails or lies.")
     ] = None,
     table: Annotated[str | None, typer.Option(help="Which CSV of the data folder.")] = None,
     partition: Annotated[
