@@ -53,6 +53,7 @@ def choose_cohort(
     *,
     table: str | None = None,
     row: str | None = None,
+    to_train: bool = True,
     progress: Progress = lambda _cases: nullcontext(lambda _name: None),
 ) -> Chosen:
     """Inspect a data folder and take this site's usable cases.
@@ -62,6 +63,7 @@ def choose_cohort(
             depends on it.
         table: a CSV in the folder other than sites.csv.
         row: what the data call this site, where it is not `site` and they name several.
+        to_train: refuse data without a patient to train on.
         progress: told how many cases will be inspected; what it gives is told of each.
 
     Raises:
@@ -75,7 +77,7 @@ def choose_cohort(
         cohorts, inspection = usable_cohorts(manifest, plan.task, advance)
     cohort = _named(site, cohorts[row].cohort)
     patients: dict[SplitName, int] = {split: len(cohort.split(split).patients) for split in SPLITS}
-    if not patients["train"]:
+    if to_train and not patients["train"]:
         raise DataError(
             "no patient of this site can be trained on: `fedseg-site check` names every case with "
             "its remedy"

@@ -1,9 +1,10 @@
 """SITEDIR: where everything of one hospital's fedseg lies, and who may look at it.
 
 One property a path; nothing here decides anything. `trainer/`, `studies/`, `cache/`, `models/`
-and `validations/` belong to the user that sees patients, `relay/` to the user that sees the network, and the relay
-finds all it needs in `relay/` and `run/`: neither has to look into the other's folders. What an
-administrator does as root is done as the owner of the folder it is done in.
+and `validations/` belong to the user that sees patients, `relay/` to the user that sees the
+network, and the relay finds all it needs in `relay/` and `run/`: neither has to look into the
+other's folders. What an administrator does as root is done as the owner of the folder it is done
+in.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ class Setting:
         suppress_below: smaller subgroups are suppressed.
         traits: column -> patient -> cells of the manifest.
         thresholds: as set beforehand.
+        notes: more warnings.
     """
 
     site: str
@@ -53,6 +54,7 @@ class Setting:
     left_out: Mapping[str, int] = field(default_factory=dict)
     traits: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
     thresholds: Thresholds | None = None
+    notes: tuple[str, ...] = ()
 
 
 def validated(
@@ -108,6 +110,7 @@ def _warnings(
     annotated: set[str],
 ) -> Iterator[str]:
     """What has to be read before any number."""
+    yield from setting.notes
     yield from _on_numbers(summaries, comparisons)
     yield from _on_split(candidates, setting)
     for each in comparisons:

@@ -129,8 +129,10 @@ def daemon(folder: SiteFolder) -> Verdict:
 
 def _too_wide(folder: SiteFolder) -> Iterator[tuple[str, int, int]]:
     """Name, mode, and the widest mode that it should have, of what others get too much of."""
-    private = (folder.trainer, folder.relay, folder.studies, folder.cache, folder.models)
-    private = (*private, folder.validations)
+    private = (
+        *(folder.trainer, folder.relay, folder.studies, folder.cache),
+        *(folder.models, folder.validations),
+    )
     keys = (folder.signing_key, folder.receiving_key, folder.node_key)
     secret = (*keys, folder.ledger, folder.ledger_secret)
     guarded = (folder.policy, folder.site, folder.request, folder.path)

@@ -1,0 +1,241 @@
+"""`fedseg-site validate`: compare models on this hospital's held-back patients."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fedseg.commands.models import Device
+from fedseg.errors import DataError
+from fedseg.shell import progress_bar
+from sites.commands.options import HERE, SiteOption
+from sites.folder import SiteFolder, as_owner_of, make_folder
+
+if TYPE_CHECKING:
+    from fedseg.evaluation.thresholds import Thresholds
+    from fedseg.evaluation.validation import Estimate, ValidationResult
+    from sites.heldback import House
+    from sites.policy import Policy
+    from sites.validating import Entrant
+
+VALIDATE_EPILOG = """
+Examples:
+
+  fedseg-site validate lung lung-finetuned --site /var/lib/fedseg
+
+  fedseg-site validate lung --local own.safetensors --lesions nodule --site /var/lib/fedseg
+
+  fedseg-site validate OUT/model.safetensors --data DIR --row hospital_a --out validation
+"""
+SUPPRESS_BELOW = 5
+_COLOURS = {"go": "bold green", "no-go": "bold red", "undecided": "bold yellow"}
+
+
+def validate(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MODEL...", help="Files, or the names of those in models/."),
+    ] = None,
+    local: Annotated[
+        Path | None, typer.Option(metavar="MODEL", help="A model trained here alone.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="A data folder; by default the one approved with the first MODEL's plan."
+        ),
+    ] = None,
+    table: Annotated[
+        str | None, typer.Option(help="CSV in the data folder to use instead of sites.csv.")
+    ] = None,
+    row: Annotated[
+        str | None, typer.Option(help="What the data call this hospital, where they name several.")
+    ] = None,
+    lesions: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LABEL", help="This label is lesions, to be counted; repeatable."),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(min=1e-3, metavar="MM", help="Of surface Dice; by default the plan's."),
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="policy.yaml with thresholds, where there is no site.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the result, where there is no site.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Keep prepared cases here, where there is no site.")
+    ] = None,
+    device: Device = "cpu",
+    site: SiteOption = HERE,
+) -> None:
+    """Measure models on patients whom none of them was trained on, and compare them in pairs.
+
+    They are the labelled patients of `test`, or of `val` where test has none. The thresholds of
+    the section `acceptance` in policy.yaml decide: go, no-go, or undecided. Result and page name
+    patients and stay here. Stopped, it goes on with what it has measured.
+    """
+    from sites.audit import utc_now
+    from sites.heldback import Source, held_back
+    from sites.validating import Wanted, entrants, keep, validate_here
+
+    house, created = _house(site, data), utc_now()
+    if house is not None and (policy or out or cache):
+        raise DataError(
+            "--policy, --out and --cache are for a data folder without a site: a site's own are in "
+            "its folder"
+        )
+    found = entrants([_file(name, house) for name in models or []], local)
+    rules = _rules(house.folder.policy if house else policy)
+    wanted = Wanted(
+        lesions=tuple(dict.fromkeys(lesions or ())),
+        tolerance_mm=tolerance,
+        thresholds=rules.acceptance,
+        suppress_below=rules.suppress_below or SUPPRESS_BELOW,
+    )
+    patients = held_back(
+        [each.header.plan for each in found],
+        Source(data.absolute() if data else None, table, row),
+        house,
+        lambda cases: progress_bar("inspecting", cases),
+    )
+    total = len(found) * len(patients.cohort.cases)
+    with ExitStack() as stack:
+        if house is not None:
+            places = _at_site(house, found, wanted.thresholds, created, stack)
+        else:
+            places = _without_site(out or Path("validation"), cache, stack)
+        advance = stack.enter_context(progress_bar("measuring", total))
+        result, overlays = validate_here(
+            found, patients, wanted,
+            site=patients.cohort.site, cache=places.cache, measured=places.measured,
+            device=device, created=created, notes=places.notes, progress=advance,
+        )  # fmt: skip
+        keep(result, overlays, found, places.result, house)
+    _show(result, places.result)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where things are kept, and what is to be said of the thresholds."""
+
+    result: Path
+    measured: Path
+    cache: Path
+    notes: tuple[str, ...] = ()
+
+
+def _at_site(
+    house: House,
+    found: tuple[Entrant, ...],
+    thresholds: Thresholds | None,
+    created: str,
+    stack: ExitStack,
+) -> _Places:
+    """In the site's folder, as its owner."""
+    from sites.validating import MEASURED, new_place, thresholds_moved
+
+    folder = house.folder
+    make_folder(folder.validations)
+    stack.enter_context(as_owner_of(folder.validations))
+    return _Places(
+        result=new_place(folder, found[0].candidate.study, created),
+        measured=make_folder(folder.validations / MEASURED),
+        cache=folder.cache,
+        notes=thresholds_moved(folder, found, thresholds),
+    )
+
+
+def _without_site(out: Path, cache: Path | None, stack: ExitStack) -> _Places:
+    """In a folder of somebody without a site."""
+    from sites.validating import MEASURED, RESULT
+
+    if (out / RESULT).exists():
+        raise DataError(f"{out.name} has a {RESULT} already: name another folder with --out")
+    make_folder(out)
+    if cache is None:
+        temporary = tempfile.TemporaryDirectory(prefix="fedseg-cache-")
+        cache = Path(stack.enter_context(temporary)) / "cache"
+    return _Places(out, make_folder(out / MEASURED), cache)
+
+
+def _rules(path: Path | None) -> Policy:
+    """The hospital's policy; where none is named, one without thresholds."""
+    from sites.policy import Policy, load_policy
+
+    return Policy() if path is None else load_policy(path)
+
+
+def _house(site: Path, data: Path | None) -> House | None:
+    """The hospital whose folder this is, or None for a researcher with a data folder."""
+    from sites.heldback import House
+    from sites.keyring import open_signing_key
+
+    folder = SiteFolder(site)
+    if data is not None and not folder.site.exists():
+        return None
+    folder.record  # noqa: B018  raises where it is none
+    return House(folder, open_signing_key(folder))
+
+
+def _file(name: str, house: House | None) -> Path:
+    """The model file that is meant."""
+    path = Path(name)
+    if house is not None and len(path.parts) == 1 and not path.is_file():
+        return house.folder.models / f"{name.removesuffix('.safetensors')}.safetensors"
+    return path
+
+
+def _show(result: ValidationResult, place: Path) -> None:
+    """Warnings, numbers, verdict: in this order."""
+    console = Console(soft_wrap=True, highlight=False)
+    for words in result.warnings:
+        console.print(f"[yellow]![/] {escape(words)}")
+    table = Table("model", "patients", "Dice", "worst", "HD95 mm", "NSD", "failed", "ECE")
+    for summary, calibration in zip(result.summaries, result.calibration, strict=True):
+        worst = "-" if summary.worst_dice is None else f"{summary.worst_dice:.3f}"
+        table.add_row(
+            escape(summary.candidate),
+            str(summary.patients),
+            _shown(summary.dice, 3),
+            worst,
+            _shown(summary.hd95_mm, 1),
+            _shown(summary.nsd, 3),
+            str(summary.failed),
+            _shown(calibration.error, 3),
+        )
+    console.print(table)
+    for each in result.comparisons:
+        if each.outcome is not None:
+            p = "-" if each.p_adjusted is None else f"{each.p_adjusted:.3f}"
+            console.print(
+                f"{each.a} less {each.b}: Dice {_shown(each.difference, 3)}, p {p} (Holm): "
+                f"{each.outcome}",
+                markup=False,
+            )
+    verdict = result.verdict
+    named = f": {escape(verdict.recommended)}" if verdict.recommended else ""
+    console.print(f"[{_COLOURS[verdict.decision]}]{verdict.decision}[/]{named}")
+    for reason in verdict.reasons:
+        console.print(f"  - {reason}", markup=False)
+    console.print(f"result and page (they name patients): {place}", markup=False)
+
+
+def _shown(estimate: Estimate, digits: int) -> str:
+    """A mean with its interval."""
+    if estimate.mean is None:
+        return "-"
+    mean = f"{estimate.mean:.{digits}f}"
+    if estimate.low is None or estimate.high is None:
+        return mean
+    return f"{mean} ({estimate.low:.{digits}f} to {estimate.high:.{digits}f})"
