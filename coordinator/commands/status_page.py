@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from coordinator.dashboard.words import dice, duration, mean, patients
+from coordinator.dashboard.words import dice, duration, labels, mean, patients
 from coordinator.progress.document import Progress
 from coordinator.progress.tally import Sighting, SiteProgress
 from coordinator.running.control import Snapshot
@@ -102,9 +102,12 @@ def _sites(seen: Snapshot, now: datetime) -> RenderableType:
         return Text(
             "No site is on line yet: `fedseg-coordinator sites` says who is enrolled", style="dim"
         )
+    partial = any(site.labels is not None for site in told.values())
     table = Table("Site", "On line", "Last seen", header_style="bold", box=None, pad_edge=False)
     for column in ("Patients", "Dice", "Answers", "Failed"):
         table.add_column(column, justify="right")
+    if partial:
+        table.add_column("Labels annotated")
     for name in sorted({*told, *nodes}):
         site, node = told.get(name) or SiteProgress(name=name, sighting=Sighting()), nodes.get(name)
         online = node.online if node else site.sighting.online
@@ -117,6 +120,7 @@ def _sites(seen: Snapshot, now: datetime) -> RenderableType:
             dice(site, seen.progress) if seen.progress else _NOTHING,
             str(site.answers),
             _failed(site),
+            *([labels(site)] if partial else []),
         )
     return table
 

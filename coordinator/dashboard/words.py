@@ -108,6 +108,13 @@ def patients(site: SiteProgress, progress: Progress) -> str:
     return WITHHELD if "counts" in progress.withheld or site.answers else "–"
 
 
+def labels(site: SiteProgress) -> str:
+    """Which of the study's labels a hospital annotates, as it said when it enlisted."""
+    if site.labels is not None:
+        return ", ".join(site.labels)
+    return "all" if site.answers else "–"
+
+
 def dice(site: SiteProgress, progress: Progress) -> str:
     """A hospital's newest Dice; one that measured and did not tell withholds it."""
     if site.dice:

@@ -75,6 +75,7 @@ class Study:
         clock: Clock | None = None,
         exchange: Exchange | None = None,
         reask: bool = False,
+        every_label: bool = True,
         paused: Callable[[], bool] = lambda: False,
         scratch: Path | None = None,
     ) -> None:
@@ -85,6 +86,7 @@ class Study:
             exchange: how tasks and answers travel; as they are by default.
             reask: ask nodes again that come back while a stage's time lasts, and let sites enlist
                 late: between hospitals, where nodes are far away and tasks have stored answers.
+            every_label: as in `close_stage`; False for a hospital that trains alone.
             paused: no stage is opened while it says True; asked before every stage.
             scratch: folder of this study's own for the updates of the open round, which robust
                 rules need; what a crash left there is removed.
@@ -92,6 +94,7 @@ class Study:
         self._grid, self._plan, self._store = grid, plan, store
         self._expected, self._needed = nodes, plan.aggregation.minimum_sites
         self._observe, self._reask, self._paused = observe, reask, paused
+        self._every_label = every_label
         self._clock = clock or Clock()
         self._exchange: Exchange = exchange or Plain()
         self._roster = Roster()
@@ -170,7 +173,7 @@ class Study:
         total = combiner(self._plan, self._scratch) if training else None
         try:
             outcome = self._ask(position, task, nodes, absent=absent, total=total)
-            state = close_stage(state, self._plan, outcome)
+            state = close_stage(state, self._plan, outcome, every_label=self._every_label)
         finally:
             if total is not None:
                 total.close()

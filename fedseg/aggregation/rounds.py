@@ -156,8 +156,14 @@ def also_received(state: StudyState, outcome: Outcome) -> StudyState:
     return replace(state, history=(*state.history[:-1], record))
 
 
-def close_stage(state: StudyState, plan: StudyPlan, outcome: Outcome) -> StudyState:
+def close_stage(
+    state: StudyState, plan: StudyPlan, outcome: Outcome, *, every_label: bool = True
+) -> StudyState:
     """The next state. With too few answers it is the same stage again, one attempt later.
+
+    Args:
+        every_label: refuse a study in which a label of the plan is annotated by no site; a
+            hospital that trains alone, to be compared with, may lack one.
 
     Raises:
         PlanError: weights that cannot be summed exactly.
@@ -173,7 +179,8 @@ def close_stage(state: StudyState, plan: StudyPlan, outcome: Outcome) -> StudySt
         return replace(state, position=again, history=history)
     if position.stage == "enlist":
         _require_weights_that_fit(plan, outcome)
-        _require_every_label(plan, outcome)
+        if every_label:
+            _require_every_label(plan, outcome)
     server = state.server
     if position.stage == "train":
         assert outcome.total is not None

@@ -29,6 +29,8 @@ fedseg simulate study.yaml --data DIR --out OUT --finetune-kind norms --finetune
 fedseg simulate study.yaml --data DIR --out OUT --engine ray
 
 fedseg simulate study.yaml --data DIR --out OUT --fault hospital_b:crash@3
+
+fedseg simulate study.yaml --data DIR --out OUT --without hospital_a:tumour
 """
 
 
@@ -45,6 +47,13 @@ def run(
     ] = "",
     fault: Annotated[
         list[str] | None, typer.Option(help="SITE:KIND@ROUND: a hospital that fails or lies.")
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="SITE:LABEL: train this hospital as if it did not annotate the label; models are "
+            "measured on all that is drawn there."
+        ),
     ] = None,
     table: Annotated[str | None, typer.Option(help="Which CSV of the data folder.")] = None,
     partition: Annotated[
@@ -74,6 +83,7 @@ def run(
     from fedseg.simulation import Options, simulate
     from fedseg.simulation.display import Display
     from fedseg.simulation.finetuning import SIMULATED
+    from fedseg.simulation.partial import parse_without
     from fedseg.simulation.rehearsal import parse_fault
 
     study = load_plan(plan)
@@ -88,6 +98,7 @@ def run(
         device=device,
         initial=load_initial(plan),
         noise_seed=noise_seed,
+        without=tuple(parse_without(text) for text in without or ()),
         finetune=SIMULATED.model_copy(update={"kind": finetune_kind, "steps": finetune_steps})
         if finetune
         else None,

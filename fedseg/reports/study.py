@@ -116,6 +116,7 @@ def _content(result: StudyResult, overlays: Sequence[Overlay]) -> dict[str, Any]
         "noisy": NOISY if result.plan.private is not None else "",
         "limits": _limits(result),
         "settings": _settings(result),
+        "partial": _partial(result),
         "parameters": _parameters(result),
         "started": _date(result.run.started),
     }
@@ -254,6 +255,19 @@ def _settings(result: StudyResult) -> str:
     if value["initial"]:
         value["initial"]["tensors"] = f"{len(value['initial']['tensors'])} tensors"
     return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, default_flow_style=None))
+
+
+def _partial(result: StudyResult) -> dict[str, str]:
+    """What each hospital annotates, in words; empty where all annotate everything."""
+    labels = result.plan.task.labels
+    told: dict[str, str] = {}
+    for site in result.sites:
+        own = tuple(labels) if site.annotated is None else site.annotated
+        lacking = [name for name in labels if name not in own]
+        told[site.name] = ", ".join(own)
+        if lacking:
+            told[site.name] += f"; not annotated here: {', '.join(lacking)}"
+    return told if any("not annotated" in words for words in told.values()) else {}
 
 
 def _parameters(result: StudyResult) -> int | None:

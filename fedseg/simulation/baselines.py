@@ -74,5 +74,10 @@ def alone(whole: Federation, cohort: Cohort, folder: Path, steps_per_round: int)
     if plan.private is not None:
         changed |= {"privacy": NoPrivacy(), "calibrated": None}
     return replace(
-        whole, plan=plan.model_copy(update=changed), cohorts=(cohort,), folder=folder, faults=()
+        whole,
+        plan=plan.model_copy(update=changed),
+        cohorts=(cohort,),
+        folder=folder,
+        faults=(),
+        every_label=False,
     )

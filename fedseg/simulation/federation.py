@@ -66,6 +66,7 @@ class Federation:
         device: of torch, for every trainer.
         faults: rehearsed ones.
         noise_seed: repeats the noise of a private plan, which then protects nobody.
+        every_label: the plan's labels must each be annotated by a site; False for a baseline.
     """
 
     plan: StudyPlan
@@ -77,6 +78,7 @@ class Federation:
     device: str = "cpu"
     faults: tuple[Fault, ...] = ()
     noise_seed: int | None = None
+    every_label: bool = True
 
     @property
     def checkpoint(self) -> Path:
@@ -137,8 +139,16 @@ def run_federation(
 
         def run(grid: Grid) -> None:
             nodes = len(federation.cohorts)
-            scratch = federation.folder / SCRATCH
-            Study(grid, plan, store, nodes=nodes, observe=timed, scratch=scratch).run(state)
+            study = Study(
+                grid,
+                plan,
+                store,
+                nodes=nodes,
+                observe=timed,
+                every_label=federation.every_label,
+                scratch=federation.folder / SCRATCH,
+            )
+            study.run(state)
 
         try:
             with _quiet():

@@ -25,7 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 from coordinator.rounds.events import Event
 from fedseg.arrays import digest_of
 from fedseg.durable import write_atomically
-from fedseg.errors import DataError, MissingExtraError, PlanError, RoundError
+from fedseg.errors import DataError, MissingExtraError, PlanError, RoundError, UntaughtLabelError
 from fedseg.frozen import SiteName
 from fedseg.imaging.cases import Cohort, Manifest, Split
 from fedseg.imaging.cohorts import usable_cohorts
@@ -308,6 +308,8 @@ def _run(federation: Federation, arm: str, options: Options, watch: Watcher) -> 
             resume=options.resume,
             observe=lambda event: watch(Progress(arm, event)),
         )
+    except UntaughtLabelError:
+        raise
     except RoundError as error:
         raise RoundError(f"{error} (each site's reasons: {federation.folder}/sites)") from error
 
