@@ -177,6 +177,21 @@ def test_ray_with_momentum_fedprox_and_a_broken_site(data: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_ray_gives_the_bits_of_a_study_with_liars_and_a_robust_rule(
+    data: Path, tmp_path: Path
+) -> None:
+    plan = tiny_plan(aggregation={"combine": {"rule": "median"}, "weighting": "uniform"})
+    path = write_plan(tmp_path / "study.yaml", plan)
+    liars = ("--fault", "hospital_b:alie", "--fault", "hospital_c:alie")
+    command = ("simulate", path, "--data", data, *liars)
+    ray = Watched(*command, "--out", tmp_path / "ray", "--engine", "ray")
+    assert ray.status == 0, ray.output
+    here = Watched(*command, "--out", tmp_path / "here")
+    assert here.status == 0, here.output
+    assert lasting(tmp_path / "ray") == lasting(tmp_path / "here")
+
+
+@pytest.mark.slow
 def test_ray_gives_the_bits_of_a_seeded_private_study(data: Path, tmp_path: Path) -> None:
     path = write_plan(tmp_path / "study.yaml", tiny_private_plan())
     command = ("simulate", path, "--data", data, "--noise-seed", "3")

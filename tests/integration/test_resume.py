@@ -21,6 +21,7 @@ from fedseg.result import StudyResult
 from fedseg.simulation import Options, simulate
 
 MOMENTUM = {"aggregation": {"strategy": "fedavgm", "server_momentum": 0.6, "weight_averaging": 0.8}}
+ROBUST = {"aggregation": {"combine": {"rule": "median"}, "weighting": "uniform"}}
 RESET = {"training": {"optimiser": {"learning_rate": 0.02, "state": "reset"}}}
 PROXIMAL = {"aggregation": {"strategy": "fedprox", "proximal_mu": 0.1, "weighting": "uniform"}}
 
@@ -56,12 +57,20 @@ def test_killed_studies_end_with_the_same_bits(data: Path, tmp_path: Path) -> No
     assert sum(kill.startswith("@") for kill in kills) == 2
 
 
+def test_killed_studies_with_a_robust_rule_end_with_the_same_bits(
+    data: Path, tmp_path: Path
+) -> None:
+    liars = ("--fault", "hospital_b:alie", "--fault", "hospital_c:alie")
+    _kill_until_finished(tmp_path, data, tiny_plan(**ROBUST), 2, *liars)
+    assert not list((tmp_path / "out").rglob("scratch"))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("changes", "kills"),
-    [({}, 40), (MOMENTUM, 20), (RESET, 10), (PROXIMAL, 10)],
-    ids=["keep", "momentum", "reset", "fedprox"],
+    [({}, 40), (MOMENTUM, 20), (RESET, 10), (PROXIMAL, 10), (ROBUST, 20)],
+    ids=["keep", "momentum", "reset", "fedprox", "median"],
 )
 def test_many_kills_change_no_bit(
     changes: dict[str, Any], kills: int, data: Path, tmp_path: Path
