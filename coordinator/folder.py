@@ -203,6 +203,11 @@ class StudyFolder:
         """The released model, at the end."""
         return self.rounds / "model.safetensors"
 
+    @property
+    def card(self) -> Path:
+        """What is known of it, for those who use it; the same as .json beside it."""
+        return self.rounds / "model-card.md"
+
     # The running daemon.
     @property
     def run(self) -> Path:

@@ -67,8 +67,8 @@ def save_model(
     seeded: bool = False,
     released: str | None = None,
     mode: int = 0o644,
-) -> None:
-    """Write a model file, atomically.
+) -> ModelHeader:
+    """Write a model file, atomically, and give what it says of itself.
 
     Args:
         seeded: its noise was seeded, so that it keeps no guarantee whatever its plan says.
@@ -86,6 +86,7 @@ def save_model(
         private=kept if plan.private is not None and rounds else None,
     )
     write_atomically(path, packed(header, model), mode)
+    return header
 
 
 def load_model(path: Path) -> tuple[ModelHeader, dict[str, NDArray[Any]]]:

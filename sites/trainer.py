@@ -42,11 +42,13 @@ from fedseg.learning.strategies import (
     what_changed,
 )
 from fedseg.logs import without_its_text
-from fedseg.modelfile import load_model, save_model
+from fedseg.modelfile import ModelHeader, load_model, save_model
 from fedseg.models.parts import freeze, require_division
 from fedseg.models.zoo import build_network, load_tensors
 from fedseg.plan import StudyPlan
 from fedseg.privacy.noise import Noise
+from fedseg.reports.card import card_of_model
+from fedseg.reports.cardpage import write_card
 from fedseg.result import PatientScores
 from fedseg.updates import (
     AnswerHeader,
@@ -318,14 +320,16 @@ class Trainer:
         released = header.model if memory.personal else None
         arm = "personal" if memory.personal else "federated"
         usable = begun_from(model, memory)
-        save_model(
+        told = save_model(
             path, plan, usable, arm=arm, rounds=header.round, seeded=seeded, released=released
         )
+        _describe(told, path)
         if memory.own:
             own = path.with_name(f"{plan.study}-own.safetensors")
-            save_model(
+            told = save_model(
                 own, plan, memory.own, arm="personal", rounds=header.round, released=header.model
             )
+            _describe(told, own)
         self._journal.write("received", round=header.round, model=header.model)
         return Received(model=digest_of(model))
 
@@ -340,6 +344,11 @@ class Trainer:
                 "another final model of this study came than the one that is kept in "
                 f"models/{path.name}; move that file away if the consortium says that it was wrong"
             )
+
+
+def _describe(told: ModelHeader, path: Path) -> None:
+    """Write a released model's card beside it: what a hospital knows of it."""
+    write_card(card_of_model(told, path.name), path.with_name(f"{path.stem}-card.md"))
 
 
 def _code_of(error: Exception) -> RefusalCode:

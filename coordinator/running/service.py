@@ -22,10 +22,13 @@ from coordinator.running.superlink import SuperLink
 from coordinator.sealing.exchange import SealedExchange
 from fedseg.aggregation.checkpoint import load_state
 from fedseg.aggregation.rounds import StudyState, first_state, fresh_attempts
+from fedseg.arrays import digest_of
 from fedseg.errors import FedsegError
 from fedseg.logs import configure
 from fedseg.modelfile import load_model, save_model
 from fedseg.plan import StudyPlan
+from fedseg.reports.card import card_of_history
+from fedseg.reports.cardpage import write_card
 from fedseg.sole import sole
 
 logger = logging.getLogger(__name__)
@@ -76,7 +79,7 @@ def _serve(grid: Grid, folder: StudyFolder) -> None:
         try:
             _gather(grid, len(sites), LATER_S if state.history else FIRST_S)
             state = study.run(state)
-            _release(folder, plan, state)
+            _release(folder, plan, state, sites)
             while study.lacking(state):
                 state = study.redeliver(state)
                 time.sleep(OFFER_AGAIN_S)
@@ -92,11 +95,16 @@ def _gather(grid: Grid, sites: int, patience_s: float) -> None:
         time.sleep(LOOK_AGAIN_S)
 
 
-def _release(folder: StudyFolder, plan: StudyPlan, state: StudyState) -> None:
-    """Write the released model, once."""
+def _release(
+    folder: StudyFolder, plan: StudyPlan, state: StudyState, sites: tuple[str, ...]
+) -> None:
+    """Write the released model and its card, once."""
+    model = state.server.released(plan.aggregation)
     if not folder.model.exists():
-        model = state.server.released(plan.aggregation)
         save_model(folder.model, plan, model, arm="federated", rounds=state.server.steps)
+    if not folder.card.exists():
+        card = card_of_history(plan, state.history, digest_of(model), sites=sites)
+        write_card(card, folder.card)
 
 
 def starting_state(folder: StudyFolder, plan: StudyPlan) -> StudyState:

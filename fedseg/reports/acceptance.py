@@ -28,6 +28,7 @@ from fedseg.evaluation.validation import (
     PatientValidation,
     ValidationResult,
 )
+from fedseg.modelfile import FINETUNED
 from fedseg.plan import StudyPlan
 from fedseg.privacy.words import in_one_line, not_covered
 from fedseg.reports import acceptance_charts as charts
@@ -164,6 +165,11 @@ def check_lines(checks: Iterable[Check]) -> tuple[CheckLine, ...]:
 
 def privacy_words(candidate: Candidate, plan: StudyPlan | None) -> str:
     """What patients were guaranteed whom a candidate's federated training saw."""
+    if candidate.private is False and candidate.arm == FINETUNED:
+        return (
+            "None for this hospital’s patients, on whom it was trained further without noise: it "
+            "must not leave the hospital."
+        )
     if candidate.private is False:
         return "NOT PRIVATE: its noise came from a seed and can be taken away again."
     if candidate.private is None:

@@ -154,7 +154,7 @@ def sentences(found: CrossSite) -> tuple[str, ...]:
             f"{_number(dice.gap)} below the mean of the {known} hospitals that told.",
             f"It fares best at {dice.best_site} with {_number(dice.best)}. The standard deviation "
             f"over the hospitals is {_number(dice.deviation)}, and Jain’s index "
-            f"{_number(dice.jain)}: 1 would be the same everywhere, {_number(1 / known)} all "
+            f"{_number(dice.jain, 4)}: 1 would be the same everywhere, {_number(1 / known)} all "
             "at one hospital. It stays close to 1 even where one hospital lags, so look at the "
             "worst one.",
         ]
@@ -201,9 +201,9 @@ def _values(found: dict[Metric, float | None]) -> dict[Metric, float]:
     return {metric: value for metric, value in found.items() if value is not None}
 
 
-def _number(value: float) -> str:
-    """Three decimals and a true minus sign."""
-    return f"{value + 0.0:.3f}".replace("-", "−")
+def _number(value: float, digits: int = 3) -> str:
+    """A true minus sign, and three decimals unless more are asked for."""
+    return f"{value + 0.0:.{digits}f}".replace("-", "−")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -409,6 +409,8 @@ def _write(
     out: Path,
 ) -> None:
     """Models, result, curves and report."""
+    from fedseg.reports.card import card_of_result
+    from fedseg.reports.cardpage import CARD, write_card
     from fedseg.reports.curves import write_curves
     from fedseg.reports.study import write_report
 
@@ -430,6 +432,7 @@ def _write(
         scorer.cache,
         scorer.split,
     )
+    write_card(card_of_result(result), out / CARD)
     write_curves(result, out)
     write_report(result, overlays, out / "report.html")
     write_atomically(out / "result.json", result.to_json().encode())

@@ -164,6 +164,8 @@ def test_a_guarantee_is_said_in_words_and_loudly_where_the_noise_was_seeded() ->
     assert privacy_words(candidate, make_plan()).startswith("No guarantee")
     seeded = candidate.model_copy(update={"private": False})
     assert privacy_words(seeded, None).startswith("NOT PRIVATE")
+    tuned = seeded.model_copy(update={"arm": "finetuned"})
+    assert "must not leave the hospital" in privacy_words(tuned, None)
     kept = candidate.model_copy(update={"private": True})
     plan = private_plan()
     assert plan.private is not None
