@@ -80,6 +80,31 @@ def test_two_passes_bound_the_dropout_that_they_add() -> None:
         assert norm_of(one.sum) <= 1e-3
 
 
+@pytest.mark.parametrize("method", ["stored", "two-pass", "loop"])
+def test_mixed_precision_does_not_loosen_the_bound(method: Method) -> None:
+    """The sum is added up in the parameters' type, whatever type the network computes in."""
+    network = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 1, 3))
+    for seed in range(10):
+        torch.manual_seed(seed)
+        data = torch.randn(4, 1, 16, 16), torch.randn(4, 1, 12, 12)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = clipped_sum(network, loss, data, torch.zeros(4).long(), 1e-2, method=method)
+        assert float(found.norms[0]) > 1e-2 and norm_of(found.sum) <= 1e-2
+        assert {part.dtype for part in found.sum.values()} == {torch.float32}
+
+
+def test_two_passes_in_mixed_precision_equal_the_stored_gradients_and_leave_out_the_lost() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 8, 3), nn.PReLU(), nn.Conv2d(8, 1, 3))
+    data = torch.randn(6, 1, 8, 8), torch.randn(6, 1, 4, 4)
+    data[1][0] = nan  # of the first patient
+    with torch.autocast("cpu", torch.bfloat16):
+        stored = clipped_sum(network, loss, data, PATIENTS, 0.1)
+        two = clipped_sum(network, loss, data, PATIENTS, 0.1, method="two-pass")
+    assert two.norms.isfinite().sum() == stored.norms.isfinite().sum() == 2
+    assert 0 < norm_of(two.sum) <= 0.2
+    assert furthest(two.sum, stored.sum) < 1e-6
+
+
 def test_all_patches_of_a_patient_are_averaged_before_the_one_clip() -> None:
     network, shape = unet(2, "group", 0)
     data = batch(network.double(), shape, torch.float64)

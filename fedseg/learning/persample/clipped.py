@@ -3,7 +3,8 @@
 The guarantee: with `stored` and `loop`, the vector that any one patient adds has norm at most C
 as it is added, whatever the network, the data and the rounding; weights that are `deferred` have
 the most that their sum may round by counted in. With `two-pass` the vector is
-never formed: it is bounded up to the difference between two orders of the same float additions.
+never formed: it is bounded up to the difference between two orders of the same float additions; in
+mixed precision it is formed, a layer at a time. Sums are in the parameters' own type.
 Where sums of several patients are rounded, taking one away may move the rest by units in the last
 place; that is the caveat of all floating-point privacy, stated in `fedseg/privacy/noise.py`.
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -153,6 +155,10 @@ class _Total:
         """Add gradients of one parameter that are clipped already."""
         self._put(name, rows.sum(0))
 
+    def take_weighed(self, share: Tensor, name: str, rows: Tensor) -> None:
+        """Clip gradients of one parameter by the shares of those whose they are, and add them."""
+        self._put(name, torch.tensordot(share.to(rows.dtype), rows, dims=1))
+
     def add(self, rows: Gradients, later: Sequence[Deferred], count: int) -> None:
         """Clip the gradients of so many patients, and add them."""
         device = next(iter(self._trained.values())).device
@@ -228,7 +234,7 @@ def _add_up(
         whole = piece.begins and piece.ends
         rows = gradients(network, loss, piece, method, later if whole else None)
         count = len(piece.patients)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(work.inputs.device.type, enabled=False):
             if not piece.begins:
                 for name, part in carried.items():
                     if name not in rows:  # used by this patient's earlier samples alone
@@ -246,7 +252,10 @@ def _two_passes(network: nn.Module, loss: Loss, piece: Work, total: _Total) -> N
     """Norms from a first backward, the weighted sum from a second through the same graph.
 
     The same graph, since a second forward would draw another dropout than the one that was bounded.
+    Mixed precision rounds the second backward by far more than the order of additions does: there
+    it gives each patient's gradient once more, and those are weighed.
     """
+    mixed = torch.is_autocast_enabled(piece.inputs.device.type)
     squares = _Squares(len(piece.patients), piece.inputs.device)
     with batched(network, loss, piece, squares.add) as (watch, losses):
         squares.uses = watch.uses
@@ -254,15 +263,20 @@ def _two_passes(network: nn.Module, loss: Loss, piece: Work, total: _Total) -> N
         backward(losses, piece.weights, again=True)
         share = total.weigh(squares.close())
         kept = share > 0
-        whole = [slice(0, len(piece.inputs))]
         good = [p for p, keep in zip(piece.patients, kept.tolist(), strict=True) if keep]
-        watch.patients = whole if len(good) == len(piece.patients) else good
-        watch.sink = total.take
         watch.keep = False
-        if good:
+        if not good:
+            return
+        factors = piece.weights
+        if mixed:
+            watch.patients, watch.sink = good, partial(total.take_weighed, share[kept])
+        else:
+            whole = [slice(0, len(piece.inputs))]
+            watch.patients = whole if len(good) == len(piece.patients) else good
+            watch.sink = total.take
             counts = torch.tensor([p.stop - p.start for p in piece.patients])
-            factors = share.repeat_interleave(counts.to(share.device))
-            backward(losses, piece.weights * factors)
+            factors = factors * share.repeat_interleave(counts.to(share.device))
+        backward(losses, factors)
 
 
 class _Squares:
