@@ -36,10 +36,15 @@ def repeatable(threads: int, seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """A generator of our own, and cuDNN's deterministic algorithms."""
+    """A generator of our own, and cuDNN's deterministic algorithms, in the types that came."""
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        torch.backends.cudnn.flags(benchmark=False, deterministic=True),
+        torch.backends.cudnn.flags(
+            enabled=torch.backends.cudnn.enabled,  # else it is switched off
+            benchmark=False,
+            deterministic=True,
+            allow_tf32=False,
+        ),
     ):
         torch.manual_seed(seed)
         yield

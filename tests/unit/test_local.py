@@ -92,6 +92,15 @@ def test_the_global_generator_and_threads_are_left_alone() -> None:
         assert torch.get_num_threads() == 2
 
 
+def test_equal_work_is_done_by_cudnn_without_rounding_to_fewer_bits() -> None:
+    cudnn = torch.backends.cudnn
+    before = cudnn.enabled, cudnn.allow_tf32
+    assert before[0]
+    with repeatable(1, 0, torch.device("cpu")):
+        assert cudnn.enabled and cudnn.deterministic and not cudnn.allow_tf32
+    assert (cudnn.enabled, cudnn.allow_tf32) == before
+
+
 def test_sites_rounds_and_seeds_draw_differently() -> None:
     plan = plan_of()
     _, start = initial_model(plan)
