@@ -181,10 +181,11 @@ class _Lazy(Sequence[PreparedCase]):
 
 
 def _dice(plan: StudyPlan, network: Any, case: PreparedCase) -> float | None:
-    """Mean Dice over the labels of one case."""
+    """Mean Dice over the labels that one case is annotated with."""
     if case.label is None:
         return None
     mask = predict_mask(network, case, plan.task, plan.evaluation.overlap)
     tolerance = plan.evaluation.tolerance_mm
-    scores = score_case(mask, case.label, case.spacing_mm, plan.task.labels, ("dice",), tolerance)
+    labels, annotated = plan.task.labels, case.annotated
+    scores = score_case(mask, case.label, case.spacing_mm, labels, ("dice",), tolerance, annotated)
     return mean_of(scores["dice"])

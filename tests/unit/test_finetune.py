@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,18 @@ def test_a_fine_tuned_model_keeps_no_guarantee_of_its_plan(tmp_path: Path) -> No
         assert header.private is private and header.stays is not private
     with pytest.raises(ValueError, match="names the shared one"):
         save_model(tmp_path / "x", plan, {}, arm="finetuned", rounds=3)
+
+
+def test_labels_that_nobody_drew_do_not_tell_when_to_stop() -> None:
+    """A stopping patient who is annotated with nothing that the plan has cannot be measured."""
+    plan, model = built()
+    bare = case_of(1)
+    others = replace(bare, annotated=())
+    with pytest.raises(DataError, match="measure against"):
+        next(finetune(plan, model, PATIENTS, {"q": [others]}, SHORT, site="A"))
+    both = {"q": [bare], "r": [others]}
+    alone = next(finetune(plan, model, PATIENTS, {"q": [bare]}, SHORT, site="A"))
+    assert next(finetune(plan, model, PATIENTS, both, SHORT, site="A")).scores == alone.scores
 
 
 def test_a_patient_without_a_label_to_measure_is_refused() -> None:
