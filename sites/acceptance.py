@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from fedseg.errors import DataError
+from fedseg.chain import verify_chain
+from fedseg.errors import DataError, TrustError
 from fedseg.modelfile import load_model
 from fedseg.security.keys import SigningKey
 from sites.audit import record, require_words, utc_now
@@ -29,6 +30,8 @@ from sites.inventory import (
     read_register,
     register_path,
 )
+
+VALIDATED = "validated"
 
 if TYPE_CHECKING:
     from fedseg.evaluation.validation import ValidationResult
@@ -89,11 +92,13 @@ def accept(
     Raises:
         DataError: no validation of this model, or a no-go, without `override`; an override that is
             not needed; the reason is no words.
-        TrustError: the file or the register was changed.
+        TrustError: the file, the register, the audit or the validation was changed.
     """
     require_words(reason, "--reason")
     header, _ = load_model(path)
     opinion = opinion_of(folder, header.model_digest)
+    if opinion is not None:
+        _require_audited(folder, key, opinion)
     against = opinion is None or opinion.verdict == "no-go"
     if against and not override:
         raise DataError(_unfounded(path, opinion))
@@ -155,6 +160,17 @@ def reject(
     before = read_register(folder).in_use(decision.study)
     after = _write(folder, decision, key, REJECTED, now)
     return decision, before is not None and after is None
+
+
+def _require_audited(folder: SiteFolder, key: SigningKey, opinion: Opinion) -> None:
+    """Refuse a validation.json that the audit does not know as it is."""
+    known = {e.facts.get("validation") for e in verify_chain(folder.audit, key.public)
+             if e.event == VALIDATED}  # fmt: skip
+    if opinion.digest not in known:
+        raise TrustError(
+            f"validations/{opinion.name}/validation.json was not written by `fedseg-site validate` "
+            "at this site, or was edited since: move it away, and validate again"
+        )
 
 
 def _write(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import stat
@@ -67,6 +68,8 @@ def validated(site: Hospital, name: str, *models: str, when: str = "1", **change
     path = site.folder.path / "validations" / name / "validation.json"
     path.parent.mkdir(parents=True)
     path.write_text(made.model_dump_json())
+    facts = {"validation": hashlib.sha256(path.read_bytes()).hexdigest()}
+    Chain(site.folder.audit, site.signing, lambda: text(site.now)).append("validated", **facts)
     return path
 
 
@@ -189,6 +192,14 @@ class TestAccept:
         path.write_text("{}")
         with pytest.raises(DataError, match="damaged or of another version"):
             run(site, "accept", STUDY, "--reason", "x")
+
+    def test_a_validation_that_the_audit_does_not_know_is_refused(self, site: Hospital) -> None:
+        """A no-go that somebody made a go."""
+        path = validated(site, "june", put(site), verdict={"decision": "no-go"})
+        path.write_text(path.read_text().replace('"decision":"no-go"', '"decision":"go"'))
+        with pytest.raises(TrustError, match="edited since"):
+            run(site, "accept", STUDY, "--reason", "x")
+        assert not register_path(site.folder).exists()
 
 
 class TestReject:
