@@ -211,7 +211,8 @@ def _loading(card: ModelCard) -> list[str]:
         "```python\nfrom pathlib import Path\n\nfrom fedseg.modelfile import load_model\n"
         "from fedseg.models.zoo import build_network, load_tensors\n\n"
         f'header, tensors = load_model(Path("{card.file}"))\n'
-        "network = build_network(header.plan)\nload_tensors(network, tensors)\n```",
+        "network = build_network(header.plan.model, header.plan.task)\n"
+        "load_tensors(network, tensors)\n```",
     ]
 
 

@@ -183,9 +183,11 @@ def _absent(found: CrossSite) -> str:
 
 def _told(site: str, answer: SiteAnswer | None, plan: StudyPlan, hidden: bool) -> SiteScore:
     """One hospital as the coordinator knows it."""
-    if answer is None or answer.patients == 0:
+    if answer is None:
         return SiteScore(site, "withheld" if hidden else "absent", {})
     values = _values({m: mean_of(answer.scores.get(m, {})) for m in plan.evaluation.metrics})
+    if not values and answer.patients == 0:
+        return SiteScore(site, "absent", {}, 0)
     return SiteScore(site, "measured" if values else "withheld", values, answer.patients)
 
 

@@ -10,6 +10,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from fedseg.errors import DataError, PlanError
 from fedseg.modelfile import load_model
 from fedseg.models.zoo import build_network, load_tensors
 from fedseg.plan import StudyPlan
+from fedseg.reports.card import ModelCard
 from fedseg.result import StudyResult, load_result, mean_of
 from fedseg.simulation import Options, simulate
 from fedseg.simulation.federation import run_federation
@@ -54,6 +56,31 @@ def test_the_result_on_disk_is_the_one_that_was_returned(undisturbed: Undisturbe
     assert load_result(out / "result.json") == result
     schema = json.loads((Path(__file__).parents[2] / "docs" / "result.schema.json").read_bytes())
     assert set(schema["required"]) <= set(json.loads((out / "result.json").read_bytes()))
+
+
+def test_the_card_beside_the_model_is_true_and_its_lines_load_it(
+    undisturbed: Undisturbed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, result = undisturbed
+    card = ModelCard.model_validate_json((out / "model-card.json").read_bytes())
+    assert (card.model, card.plan) == (result.model_digest, result.plan_digest)
+    assert sorted(site.site for site in card.measured) == sorted(SITES)
+    lines = (out / "model-card.md").read_text(encoding="utf-8").split("```python\n")[1]
+    monkeypatch.chdir(out)
+    found: dict[str, Any] = {}
+    exec(lines.split("```")[0], found)
+    assert found["header"].model_digest == result.model_digest
+    assert digest_of(found["tensors"]) == result.model_digest
+
+
+def test_every_site_has_a_card_beside_its_model(undisturbed: Undisturbed) -> None:
+    out, result = undisturbed
+    for site in SITES:
+        models = out / "federated" / "sites" / site / "models"
+        (path,) = models.glob("*-card.json")
+        card = ModelCard.model_validate_json(path.read_bytes())
+        assert (card.model, card.training) == (result.model_digest, None)
+        assert not any(other in path.read_text(encoding="utf-8") for other in SITES)
 
 
 def test_every_stage_and_patient_is_in_the_result(undisturbed: Undisturbed) -> None:

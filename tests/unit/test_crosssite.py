@@ -97,6 +97,11 @@ def test_a_plan_that_withholds_metrics_leaves_every_hospital_named_as_withheld()
     )
 
 
+def test_a_hospital_that_tells_its_numbers_and_not_how_many_is_measured() -> None:
+    (score,) = across(built_plan(), (measuring(1, told("a", 0.5, 0)),)).scores
+    assert (score.standing, score.values) == ("measured", {"dice": 0.5})
+
+
 def test_one_hospital_has_no_spread() -> None:
     assert compared([score("a", 0.9)], round_=1).spread == ()
 
