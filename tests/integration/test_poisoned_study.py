@@ -70,6 +70,8 @@ def test_an_attack_is_the_same_whoever_is_served_first(
     again = run_federation(other, arrange=lambda nodes: sorted(nodes, reverse=True))
     assert digest_of(_model(one)) == digest_of(_model(again))
     assert one.state.history == again.state.history
+    twins = {a.site for r in one.state.history for a in r.answers if a.update_twin}
+    assert twins == (set(LIARS) if kind == "alie" else set())
     honest = run_federation(replace(federation, folder=tmp_path / "h", faults=()))
     assert digest_of(_model(honest)) != digest_of(_model(one))
 

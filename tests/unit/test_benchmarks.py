@@ -40,3 +40,17 @@ def test_coordinator_memory_is_measured_for_each_number_of_sites(tmp_path):
     assert [run["answers"] for run in result["runs"]] == [2, 3]
     assert all(run["start_mb"] < run["peak_mb"] for run in result["runs"])
     assert result["settings"]["model_mb"] == pytest.approx(2.4, abs=0.1)
+
+
+@pytest.mark.slow
+def test_poisoning_compares_with_the_clean_mean_and_resumes(tmp_path):
+    tiny = ["--rounds", "4", "--steps", "1", "--patients", "3", "--out", str(tmp_path)]
+    _run("poisoning.py", *tiny, "--only", "clean-mean")
+    result = _run("poisoning.py", *tiny, "--only", "clean-mean,sign_flip-multi_krum")
+    clean, flipped = result["summary"]["clean-mean"], result["summary"]["sign_flip-multi_krum"]
+    assert clean["loss_points"] == 0
+    lost = (clean["mean_dice"] - flipped["mean_dice"]) / 0.01
+    assert flipped["loss_points"] == pytest.approx(lost)
+    assert flipped["named"] == [2]
+    assert result["arms"][1]["liars"] == ["hospital_b", "hospital_g"]
+    assert len(result["arms"][1]["hospitals"]) == 10
