@@ -3,6 +3,10 @@
 Round r begins with the newest memory before r, so that a round which is asked again starts where it
 started the first time. The last few are kept; the coordinator is never further behind than the
 round that is open.
+
+Under a guarantee a round is remembered once its answer is there, and not before: work that a crash
+cut short is done again with fresh noise, and what it left would be a second release in whatever
+comes next, for which nobody paid.
 """
 
 from __future__ import annotations
@@ -13,8 +17,8 @@ from pathlib import Path
 from typing import Literal
 
 from fedseg.container import packed, unpack
-from fedseg.durable import write_atomically
-from fedseg.errors import RoundError, TrustError
+from fedseg.durable import sync_folder, write_atomically
+from fedseg.errors import RoundError, StorageError, TrustError
 from fedseg.frozen import Frozen
 from fedseg.learning.strategies import Memory
 from fedseg.plan import StudyPlan
@@ -70,14 +74,53 @@ class Memories:
         Raises:
             RoundError: the disk is full.
         """
+        self._write(self._path(round_), round_, memory)
+        self._clear()
+
+    def propose(self, round_: int, answer: str, memory: Memory) -> None:
+        """Put aside the memory that goes with an answer, in place of an earlier one; see `accept`.
+
+        Args:
+            answer: names the reservation that it is the answer to.
+
+        Raises:
+            RoundError: the disk is full.
+        """
+        path = self._proposed(round_, answer)
+        path.unlink(missing_ok=True)
+        self._write(path, round_, memory)
+
+    def accept(self, round_: int, answer: str) -> None:
+        """Keep what was put aside with an answer that is there now; again, or without: nothing.
+
+        Raises:
+            StorageError: the disk fails.
+        """
+        path = self._proposed(round_, answer)
+        try:
+            if path.exists():
+                path.replace(self._path(round_))
+                sync_folder(self._folder)
+        except OSError as error:
+            raise StorageError(f"a round cannot be remembered: {error.strerror}") from error
+        self._clear()
+
+    def _write(self, path: Path, round_: int, memory: Memory) -> None:
+        """Write a memory that there is."""
         parts = asdict(memory)
         arrays = {f"{part}/{name}": a for part, some in parts.items() for name, a in some.items()}
-        if not arrays:
-            return
-        header = _StateHeader(plan=self._plan.digest, round=round_)
-        write_atomically(self._path(round_), packed(header, arrays), mode=0o600)
-        for old in sorted(self._stored())[:-KEPT]:
+        if arrays:
+            header = _StateHeader(plan=self._plan.digest, round=round_)
+            write_atomically(path, packed(header, arrays), mode=0o600)
+
+    def _clear(self) -> None:
+        """Remove what is too old, and what was put aside in rounds that are remembered."""
+        stored = sorted(self._stored())
+        for old in stored[:-KEPT]:
             self._path(old).unlink(missing_ok=True)
+        for kept in stored:
+            for path in self._folder.glob(self._proposed(kept, "*").name):
+                path.unlink(missing_ok=True)
 
     def _stored(self) -> list[int]:
         """The rounds whose memory is here."""
@@ -88,3 +131,7 @@ class Memories:
     def _path(self, round_: int) -> Path:
         """Where a round's memory lies."""
         return self._folder / f"round-{round_:06d}.safetensors"
+
+    def _proposed(self, round_: int, answer: str) -> Path:
+        """Where what is put aside lies."""
+        return self._folder / f"round-{round_:06d}-{answer}.proposed"

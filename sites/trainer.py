@@ -68,7 +68,7 @@ from fedseg.updates import (
 from sites.egress import means, permitted
 from sites.journal import Journal
 from sites.patients import PreparedPatients
-from sites.spending import Account
+from sites.spending import Account, reservation_of
 from sites.state import Memories
 
 logger = logging.getLogger(__name__)
@@ -170,7 +170,9 @@ class Trainer:
     def _privately(self, header: TaskHeader, model: Arrays) -> tuple[Body, Arrays | None]:
         """Training and noised metrics are paid for; what leaves as it is, no guarantee covers."""
         if header.stage == "train":
-            return self._paid.answer(header, lambda: self._train_privately(header, model))
+            answer = self._paid.answer(header, lambda: self._train_privately(header, model))
+            self._memories.accept(header.round, reservation_of(header))
+            return answer
         if self._plan.privacy.outputs.metrics == "noised":
             return self._paid.answer(header, lambda: self._evaluate_privately(header, model))
         return self._permitted(self._evaluate_quietly(header, model)), None
@@ -223,7 +225,8 @@ class Trainer:
             control=control,
             memory=memory,
         )
-        return self._trained(header, outcome, kept, spent()), delta
+        self._memories.store(header.round, kept)
+        return self._trained(header, outcome, spent()), delta
 
     def _train_privately(self, header: TaskHeader, model: Arrays) -> tuple[Body, Arrays | None]:
         """Train one private round; the answer is what leaves, whatever the round came to."""
@@ -246,19 +249,20 @@ class Trainer:
                 anchor=model,
             )
         except NotFiniteError as error:  # noise has seen to it: a second try is a second release
+            self._memories.propose(header.round, reservation_of(header), Memory())
             refused = Refused(code=_code_of(error))
             self._note(refused, error)
             return self._permitted(refused), None
         delta, personal = what_changed(self._network, self._plan, model)
         kept = Memory(optimiser=outcome.optimiser_state, personal=personal)
-        body = self._trained(header, outcome, kept, spent(), lost=outcome.lost)
+        self._memories.propose(header.round, reservation_of(header), kept)
+        body = self._trained(header, outcome, spent(), lost=outcome.lost)
         return self._permitted(body), delta
 
     def _trained(
-        self, header: TaskHeader, outcome: RoundOutcome, kept: Memory, cpu_s: float, **facts: int
+        self, header: TaskHeader, outcome: RoundOutcome, cpu_s: float, **facts: int
     ) -> Trained:
-        """What a round says; what is to be remembered of it stays here."""
-        self._memories.store(header.round, kept)
+        """What a round says."""
         self._journal.write(
             "trained", round=header.round, steps=outcome.steps, cpu_s=round(cpu_s, 4), **facts
         )

@@ -13,11 +13,14 @@ import torch
 from private_plans import private_plan
 from private_sites import LIMITS, account_of, ledger_of, register, task, trainer_of
 
+import sites.spending
+import sites.trainer
 from fedseg.arrays import Arrays
-from fedseg.errors import PrivacyError, StorageError, TrustError
+from fedseg.errors import NotFiniteError, PrivacyError, StorageError, TrustError
 from fedseg.imaging.cases import Cohort
 from fedseg.imaging.manifests import read_manifest
 from fedseg.imaging.phantoms import write_phantoms
+from fedseg.learning.strategies import Memory
 from fedseg.models.zoo import initial_model
 from fedseg.plan import StudyPlan
 from fedseg.privacy.ledger import Ledger
@@ -34,6 +37,7 @@ from fedseg.updates import (
 )
 from sites.journal import Journal
 from sites.spending import Account, reservation_of
+from sites.state import Memories
 from sites.trainer import Trainer
 
 OPTIONS: dict[str, Any] = {"aggregation": {"rounds": 2, "weighting": "uniform", "attempts": 2}}
@@ -207,6 +211,56 @@ def test_an_answer_that_was_stored_before_a_crash_is_the_answer(
     assert body_of(answer).kind == "train"
     assert stored.read_bytes() == data
     assert len(Journal(tmp_path / "site" / "journal.jsonl").read("trained")) == 1
+
+
+def test_a_crashed_attempt_is_not_remembered_in_any_later_round(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a retry would be a second release of one debit: the first is in the next round."""
+    trainer = site(tmp_path, PLAN, cohort)
+    assert PLAN.training.optimiser.state == "keep"
+
+    def power_cut(*_: object, **__: object) -> None:
+        raise StorageError("dark")
+
+    def remembered() -> Memory:
+        return Memories(tmp_path / "site" / "state", PLAN).before(2)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(sites.spending, "write_atomically", power_cut)
+        assert body_of(trainer.handle(train_task())).kind == "refused"
+    assert len(Journal(tmp_path / "site" / "journal.jsonl").read("trained")) == 1
+    assert remembered() == Memory()
+    with monkeypatch.context() as broken:  # it was answered and committed, then the lights went out
+        broken.setattr(Memories, "accept", power_cut)
+        assert body_of(trainer.handle(train_task())).kind == "refused"
+    assert remembered() == Memory()
+    again = site(tmp_path, PLAN, cohort)
+    assert body_of(again.handle(train_task())).kind == "train"
+    assert len(Journal(tmp_path / "site" / "journal.jsonl").read("trained")) == 2
+    assert remembered().optimiser
+    assert not list((tmp_path / "site" / "state").glob("*.proposed"))
+
+
+def test_a_retry_whose_weights_are_not_finite_leaves_nothing_of_the_attempt_before(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = site(tmp_path, PLAN, cohort)
+
+    def power_cut(*_: object, **__: object) -> None:
+        raise StorageError("dark")
+
+    def explode(*_: object, **__: object) -> None:
+        raise NotFiniteError("not finite")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(sites.spending, "write_atomically", power_cut)
+        trainer.handle(train_task())
+    with monkeypatch.context() as broken:
+        broken.setattr(sites.trainer, "train_round_privately", explode)
+        assert body_of(trainer.handle(train_task())).kind == "refused"
+    assert ledger_of(tmp_path / "site").book.debits.popitem()[1].answer
+    assert Memories(tmp_path / "site" / "state", PLAN).before(2) == Memory()
 
 
 @pytest.mark.parametrize("fate", ["changed", "removed"])
