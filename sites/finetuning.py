@@ -21,23 +21,15 @@ from fedseg.learning.stopping import Division, divided
 from fedseg.modelfile import load_model
 from fedseg.models.devices import require_device
 from fedseg.plan import StudyPlan
-from fedseg.security.keys import SigningKey
 from sites.approval import frozen_record
 from sites.audit import record, utc_now
 from sites.cohort import Progress, choose_cohort, recorded_cohort
-from sites.folder import SiteFolder, as_owner_of
+from sites.folder import as_owner_of
+from sites.heldback import House, less_withdrawn
 from sites.patients import PreparedPatients
 
 UNFINISHED = ".unfinished"
 VAIN = "finetuned_in_vain"
-
-
-@dataclass(frozen=True)
-class Owner:
-    """A hospital with a folder, and the key that signs its audit."""
-
-    folder: SiteFolder
-    key: SigningKey
 
 
 @dataclass(frozen=True)
@@ -55,7 +47,7 @@ class Patients:
     withdrawn: int = 0
 
 
-def approved_patients(owner: Owner, plan: StudyPlan) -> Patients:
+def approved_patients(owner: House, plan: StudyPlan) -> Patients:
     """The cohort that was approved with a study's plan, less who withdrew.
 
     Raises:
@@ -77,7 +69,7 @@ def patients_in(
     data: Path,
     plan: StudyPlan,
     *,
-    owner: Owner | None,
+    owner: House | None,
     table: str | None,
     row: str | None,
     progress: Progress,
@@ -103,7 +95,7 @@ def finetune_here(
     *,
     out: Path,
     cache: Path,
-    owner: Owner | None,
+    owner: House | None,
     device: str,
     progress: Callable[[State], None],
     now: Callable[[], str] = utc_now,
@@ -165,7 +157,7 @@ def require_new(out: Path) -> None:
 
 
 def _audit(
-    owner: Owner,
+    owner: House,
     tuned: Finetuned,
     parts: Division,
     settings: Finetuning,
@@ -194,15 +186,8 @@ def _audit(
     )
 
 
-def _without_withdrawn(owner: Owner, patients: Patients) -> Patients:
-    """The patients less those who withdrew; where there never was a ledger, nobody could."""
-    from sites.ledger import begun, look_at, without_withdrawn
-
-    folder = owner.folder
-    with as_owner_of(folder.trainer):
-        if not begun(folder, owner.key, utc_now):
-            return patients
-        ledger, _ = look_at(folder, owner.key, utc_now)
-        left = without_withdrawn(ledger, patients.cohort)
+def _without_withdrawn(owner: House, patients: Patients) -> Patients:
+    """The patients less those who withdrew."""
+    left = less_withdrawn(owner, patients.cohort)
     gone = len(patients.cohort.patients) - len(left.patients)
     return Patients(left, patients.fingerprint, gone)

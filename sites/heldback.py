@@ -99,7 +99,7 @@ def held_back(
     _require_one_split(cohort, plans, source.data, source.table)
     there = cohort
     if house is not None:
-        cohort = _without_withdrawn(house, cohort)
+        cohort = less_withdrawn(house, cohort)
     if gone := len(there.patients) - len(cohort.patients):
         left_out["patients of all splits who withdrew"] = gone
     split: Split = "test" if labelled(cohort.split("test")).cases else "val"
@@ -147,7 +147,7 @@ def _require_one_split(
             )
 
 
-def _without_withdrawn(house: House, cohort: Cohort) -> Cohort:
+def less_withdrawn(house: House, cohort: Cohort) -> Cohort:
     """The cohort less those who withdrew; where there never was a ledger, nobody could."""
     from sites.ledger import begun, look_at, without_withdrawn
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from fedseg.learning.finetuned import Finetuned
     from fedseg.learning.stopping import Division
     from fedseg.plan import StudyPlan
-    from sites.finetuning import Owner, Patients
+    from sites.finetuning import Patients
+    from sites.heldback import House
 
 FINETUNE_EPILOG = """
 Examples:
@@ -121,25 +122,25 @@ def finetune(
     _tell(tuned, parts, patients, out, settings.check_every)
 
 
-def _owner(site: Path, data: Path | None) -> Owner | None:
+def _owner(site: Path, data: Path | None) -> House | None:
     """The hospital whose folder this is, or None for a researcher with a data folder."""
-    from sites.finetuning import Owner
+    from sites.heldback import House
 
     folder = SiteFolder(site)
     if data is not None and not folder.site.exists():
         return None
     folder.record  # noqa: B018  raises where it is none
-    return Owner(folder, open_signing_key(folder))
+    return House(folder, open_signing_key(folder))
 
 
-def _usual_out(owner: Owner | None, plan: StudyPlan) -> Path:
+def _usual_out(owner: House | None, plan: StudyPlan) -> Path:
     """Where the result goes if nobody says."""
     name = f"{plan.study}-finetuned.safetensors"
     return Path(name) if owner is None else owner.folder.models / name
 
 
 def _patients(
-    owner: Owner | None, plan: StudyPlan, data: Path | None, table: str | None, row: str | None
+    owner: House | None, plan: StudyPlan, data: Path | None, table: str | None, row: str | None
 ) -> Patients:
     """Whom to train on."""
     from sites.finetuning import approved_patients, patients_in
