@@ -5,21 +5,24 @@ from __future__ import annotations
 import asyncio
 import re
 import stat
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partialmethod
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from pure_studies import SITES
+from rich.console import Console
 from small_plans import built_plan
 from small_studies import NOW, founded
 from starlette.types import ASGIApp
 from typer.testing import CliRunner
 
 from coordinator.cli import app as commands
+from coordinator.commands.status_page import page as status_page
 from coordinator.dashboard import words
 from coordinator.dashboard.charts import Chart, Curve, ticks
 from coordinator.dashboard.command import listen
@@ -39,6 +42,7 @@ from coordinator.progress.tally import (
     StageProgress,
     Timing,
 )
+from coordinator.running.control import Snapshot
 from fedseg.errors import DataError, TrustError
 from fedseg.result import SiteFailure
 
@@ -550,3 +554,26 @@ class _Tags(HTMLParser):
 def test_times_are_told_in_utc_when_no_script_runs() -> None:
     assert words.moment(AT) == "3 May 12:00:00 UTC"
     assert words.moment(None) == "–"
+
+
+def test_hospitals_with_some_of_the_labels_are_named_on_page_and_status() -> None:
+    plan, whole = built_plan(), progress_with()
+    first, *others = whole.sites
+    some = progress_with(sites=(first.model_copy(update={"labels": ("posterior",)}), *others))
+    said = "Hospitals that annotate some of the labels: site_a posterior. The others annotate all."
+    assert said in render(plan, some, Situation())
+    assert "annotate some of the labels" not in render(plan, whole, Situation())
+    for progress, there in ((some, True), (whole, False)):
+        seen = Snapshot(
+            study="tiny",
+            address="fl.example.org:443",
+            daemon=None,
+            paused=False,
+            progress=progress,
+            warnings=(),
+        )
+        console = Console(width=200, record=True, file=StringIO())
+        console.print(status_page(seen, datetime.fromisoformat(AT)))
+        text = console.export_text()
+        assert ("Labels annotated" in text) is there
+        assert ("posterior" in text) is there

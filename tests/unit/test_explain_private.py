@@ -98,6 +98,20 @@ def test_what_leaves_plainly_is_said_and_not_covered() -> None:
     assert "No number about patients leaves outside" not in said
 
 
+def test_what_is_said_of_a_hospitals_labels_is_in_what_leaves() -> None:
+    plan = built_plan()
+    begin = "which of the study's structures are drawn at this hospital"
+    assert f"{begin}, as labels.yaml beside the data declares it" in _leaving(plan)
+    whole = CohortRecord.model_construct(patients={}, annotated=None)
+    assert f"{begin}: that all are (anterior and posterior), and no count" in _leaving(plan, whole)
+    some = CohortRecord.model_construct(patients={}, annotated=("posterior",))
+    text = _leaving(plan, some)
+    assert f"{begin}: posterior, and no count of any." in text
+    assert "everybody in the study can see that anterior is not drawn here" in text
+    every = CohortRecord.model_construct(patients={}, annotated=("anterior", "posterior"))
+    assert _leaving(plan, every) == _leaving(plan, whole)
+
+
 def test_suppressed_numbers_say_from_how_many_patients_on() -> None:
     outputs = dict.fromkeys(("counts", "losses", "metrics"), "suppressed")
     plan = _private(privacy__outputs=outputs | {"suppress_below": 7})

@@ -43,6 +43,13 @@ def test_values_stay_in_range_and_everything_is_there() -> None:
         assert len(values) == 4 and all(v is not None and 0 <= v <= 1 for v in values)
 
 
+def test_a_label_that_the_site_does_not_annotate_is_none_and_moves_no_other_number() -> None:
+    plan, patients = plan_of(), [patient(0, 0.8), patient(1, 0.4)]
+    whole = noised_means(patients, plan, Noise.seeded(1, "m"))
+    part = noised_means(patients, plan, Noise.seeded(1, "m"), ("ball",))
+    assert part == {metric: {"ball": whole[metric]["ball"], "cube": None} for metric in whole}
+
+
 @pytest.mark.parametrize("value", [7.0, -3.0, float("nan"), float("inf"), None])
 def test_no_patient_moves_the_sum_by_more_than_the_bound(value: float | None) -> None:
     plan = plan_of(noise=0.05, expected=100)
