@@ -134,13 +134,17 @@ def _dice_chart(result: StudyResult) -> str | None:
 
 
 def _across(result: StudyResult) -> dict[str, Any] | None:
-    """The shared model over hospitals: as it is, and as a coordinator would know it."""
+    """The shared model over hospitals: as it is, and as a coordinator would know it.
+
+    None where there is nothing to compare, as with a single hospital.
+    """
     found = crosssite.simulated(result)
-    if found is None:
+    said = () if found is None else crosssite.sentences(found)
+    if not said:
         return None
     return {
         "found": found,
-        "said": crosssite.sentences(found),
+        "said": said,
         "known": crosssite.across(result.plan, result.stages, [s.name for s in result.sites]),
         "titles": {metric: title for metric, title, _ in METRICS},
         "standing": crosssite.STANDING_WORDS,

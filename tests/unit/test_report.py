@@ -240,6 +240,11 @@ def test_any_task_has_a_page(tmp_path: Path, labels: int, dimensions: int) -> No
     assert ("Dice by label, all patients" in page.text) == (labels > 1)
 
 
+def test_a_study_of_one_hospital_has_a_report(tmp_path: Path) -> None:
+    page = _page(make_result(sites=("only",), rounds=4), tmp_path)
+    assert "Across the hospitals" not in page.text
+
+
 def test_fine_tuned_models_are_shown_beside_the_shared_one(tmp_path: Path) -> None:
     page = _page(make_result(arms=("federated", "local", "finetuned")), tmp_path)
     assert "Fine-tuned at each hospital" in page.text
