@@ -8,12 +8,14 @@ single file without a script that loads nothing; it shows patients and never lea
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fedseg.durable import write_atomically
@@ -37,6 +39,7 @@ from fedseg.reports.figures import Overlay, label_colours, overlay_pictures
 
 ON_THE_FIRST_PAGE = 3
 SHOWN = 6
+MOST_REASONS, MOST_CHECKS = 2, 6
 DECISIONS: dict[Decision, str] = {"go": "GO", "no-go": "NO-GO", "undecided": "UNDECIDED"}
 KINDS: dict[str, str] = {
     "global": "the study’s shared model",
@@ -222,6 +225,9 @@ def _content(
         "measured": len({patient.patient for patient in result.patients}),
         "cases": _cases(result, overlays),
         "first": ON_THE_FIRST_PAGE,
+        "most_checks": MOST_CHECKS,
+        "reasons": [_plainly(reason) for reason in result.verdict.reasons],
+        "leading": _leading(result),
         "colours": charts.colours_of(result),
         "label_colours": label_colours(result.labels),
         "failures": _failures(result),
@@ -232,6 +238,20 @@ def _content(
         "figures": _figures(result, shown),
         "subgroups": _by_column(result),
     }
+
+
+def _plainly(reason: str) -> str:
+    """A reason with thresholds called as the page calls them, as a sentence."""
+    for name, words in THRESHOLDS.items():
+        reason = re.sub(rf"\b{name} \(([^)]*)\)", rf"“{words} \1”", reason)
+    return reason[:1].upper() + reason[1:]
+
+
+def _leading(result: ValidationResult) -> list[str]:
+    """The reasons that say more than the table of thresholds, as many as the first page holds."""
+    names = tuple(f"{name} (" for name in THRESHOLDS)
+    met = [r for r in result.verdict.reasons if r.startswith(names) and " is met: " in r]
+    return [_plainly(r) for r in result.verdict.reasons if r not in met][:MOST_REASONS]
 
 
 def _worst_first(result: ValidationResult) -> list[PatientValidation]:
@@ -255,10 +275,22 @@ def _cases(result: ValidationResult, overlays: Sequence[Overlay]) -> list[Case]:
         overlay = by_patient.get(patient.patient)
         plain = outlined = None
         if overlay is not None:
-            pictures = overlay_pictures(overlay, result.labels, at_error=True)
+            pictures = overlay_pictures(
+                _annotated(overlay, result.labels.values()), result.labels, at_error=True
+            )
             plain, outlined = (_uri(picture, "jpeg") for picture in pictures)
         found.append(Case(patient, plain, outlined))
     return found
+
+
+def _annotated(overlay: Overlay, values: Iterable[int]) -> Overlay:
+    """Only labels that the hospital draws: where it draws none, no prediction is wrong."""
+    known = list(values)
+    truth, prediction = (
+        np.where(np.isin(mask, known), mask, 0).astype(np.uint8)
+        for mask in (overlay.truth, overlay.prediction)
+    )
+    return replace(overlay, truth=truth, prediction=prediction)
 
 
 def _failures(result: ValidationResult) -> list[tuple[PatientValidation, Failure]]:

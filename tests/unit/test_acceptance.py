@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from small_plans import private_plan
 from study_results import make_plan
@@ -18,6 +19,7 @@ from validation_results import estimate, make_pictures, make_validation
 
 from fedseg.evaluation.validation import Subgroup, ValidationResult
 from fedseg.reports.acceptance import (
+    _annotated,
     check_lines,
     headline,
     patients_to_show,
@@ -117,6 +119,23 @@ def test_the_worst_patients_come_first(tmp_path: Path) -> None:
     assert "anterior: in the wrong place" in first
 
 
+def test_reasons_call_thresholds_as_the_page_does(tmp_path: Path) -> None:
+    said = "worst_case_dice_at_least (0.5) is broken: the lowest Dice is 0.120"
+    held = "dice_at_least (0.8) is met: mean Dice is 0.9"
+    result = changed(make_validation(broken=("dice_at_least",)), reasons=(held, said))
+    first = first_page(html_of(result, tmp_path))
+    assert "“Dice of the worst patient, at least 0.5” is broken: the lowest Dice is" in first
+    assert "is met: mean Dice" not in first  # the table says it
+    assert "“Mean Dice, at least 0.8” is met" in Page(html_of(result, tmp_path)).text
+
+
+def test_a_label_that_the_hospital_does_not_draw_is_no_error() -> None:
+    (picture,) = make_pictures(("P001",))
+    only = _annotated(picture, [1])
+    assert set(np.unique(only.truth)) == set(np.unique(only.prediction)) == {0, 1}
+    assert (only.truth == (picture.truth == 1)).all()
+
+
 def test_a_failure_without_a_dice_is_no_good_case() -> None:
     result = make_validation(wild=(2,))
     patients = tuple(
@@ -187,7 +206,9 @@ def test_the_first_printed_page_holds_verdict_thresholds_and_worst_cases(tmp_pat
     page, printed = tmp_path / "report.html", tmp_path / "report.pdf"
     reason = "A reason as long as reasons get: " + "it cannot be told from the others, " * 4
     result = make_validation(wild=(1, 2, 3), broken=("dice_at_least",))
-    result = changed(result, reasons=(reason,) * 5)
+    words = "bias of a label of a long name in percent is 3.1 (95 % interval −2.0 to 8.2)"
+    checks = tuple(check.model_copy(update={"words": words}) for check in result.verdict.checks * 3)
+    result = changed(result, reasons=(reason,) * 5, checks=checks)
     result = result.model_copy(
         update={"warnings": (reason,) * 3, "site": "a_hospital_of_a_long_name"}
     )
