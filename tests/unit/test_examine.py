@@ -50,6 +50,25 @@ class Elsewhere(nn.Module):
         return nn.functional.linear(self.inner(x), self.inner.weight.T)
 
 
+class Gated(nn.Module):
+    """What its inner part does shows once the gate is open."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.gate = inner, nn.Conv2d(2, 2, 1)
+        nn.init.zeros_(self.gate.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.gate(self.inner(x))
+        return out
+
+
+def zero_head(parts: nn.Module) -> nn.Module:
+    head = nn.Conv2d(2, 2, 1)
+    nn.init.zeros_(head.weight)
+    return nn.Sequential(parts, head)
+
+
 @pytest.mark.parametrize("dimensions", [2, 3])
 @pytest.mark.parametrize("norm", ["instance", "group"])
 def test_our_networks_and_loss_pass(dimensions: int, norm: str) -> None:
@@ -146,3 +165,25 @@ def test_a_buffer_that_remembers_patients_is_refused_and_put_back() -> None:
     with pytest.raises(PlanError, match="buffer 'seen'"):
         examine(network, lambda out, _: out.flatten(1).square().mean(1), (x, x), torch.arange(4))
     assert not network.seen.any()
+
+
+def test_mixing_behind_weights_that_begin_at_zero_is_found() -> None:
+    network = zero_head(Gated(MixingPart()))
+    with pytest.raises(PlanError, match="mixes"):
+        examine(network, loss, batch(network, (2, 6, 6), torch.float32), PATIENTS)
+
+
+def test_a_weight_used_outside_its_layer_is_found_behind_a_head_that_begins_at_zero() -> None:
+    class Outside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Conv2d(2, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.conv2d(x, self.inner.weight)
+
+    network = zero_head(Outside())
+    before = {name: p.clone() for name, p in network.named_parameters()}
+    found = examine(network, loss, batch(network, (2, 6, 6), torch.float32), PATIENTS)
+    assert found.method == "loop" and "inner.weight" in found.remarks[0]
+    assert all(torch.equal(before[name], p) for name, p in network.named_parameters())

@@ -4,10 +4,15 @@ Looking at layer types misses what a hospital's own network computes. So the net
 sample's output or loss may depend on another sample's input, and the gradients of a batch must be
 those of each patient alone. What mixes patients is refused with the layer's name and the remedy;
 what only lacks a rule takes the loop over patients.
+
+A head, a gate or an adapter that begins at zero hides what lies before it until it is trained. So
+the weights are moved a little for as long as it takes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +34,7 @@ from fedseg.learning.persample.watch import out_of_place, remarks_on
 from fedseg.models.zoo import refuse_running_statistics
 
 TOLERANCE = 1e-3
+MOVED = 0.05  # standard deviation of what is added to every weight
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,8 @@ class Examination:
 def examine(network: nn.Module, loss: Loss, batch: Batch, patients: Tensor) -> Examination:
     """Try a network and a loss on a small batch.
 
-    The network's weights are left alone, and so is torch's generator. Frozen parameters stay so.
+    The network's weights come back as they were, and so does torch's generator. Frozen parameters
+    stay so.
 
     Args:
         network: in the mode in which it will be trained.
@@ -60,12 +67,27 @@ def examine(network: nn.Module, loss: Loss, batch: Batch, patients: Tensor) -> E
     if len(names) < 2:
         raise ValueError("an examination needs samples of at least two patients")
     device = work.inputs.device
-    with torch.random.fork_rng(devices=[device] if work.inputs.is_cuda else []):
+    with torch.random.fork_rng(devices=[device] if work.inputs.is_cuda else []), _moved(network):
         _refuse_memory(network, work)
         with out_of_place(network):
             _refuse_mixing(network, work)
         _refuse_mixing_loss(network, loss, work)
         return _compare(network, loss, work)
+
+
+@contextmanager
+def _moved(network: nn.Module) -> Iterator[None]:
+    """Weights of which none is zero, for a block of work."""
+    before = [(p, p.detach().clone()) for p in network.parameters() if p.is_floating_point()]
+    try:
+        with torch.no_grad():
+            for parameter, values in before:
+                parameter.add_(torch.randn_like(values), alpha=MOVED)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, values in before:
+                parameter.copy_(values)
 
 
 def _compare(network: nn.Module, loss: Loss, work: Work) -> Examination:
@@ -193,12 +215,19 @@ def _leaf(x: Any) -> Any:
 
 
 def _mixes(x: Any, output: Any) -> bool:
-    """True where the first sample's output depends on another sample's input."""
+    """True where a sample's output depends on another sample's input.
+
+    Of the first and the last: a maximum over the batch is in one of them at most.
+    """
     if not isinstance(x, Tensor) or not isinstance(output, Tensor) or not x.requires_grad:
         return False
     if not output.requires_grad or output.ndim == 0 or len(output) != len(x):
         return False
     weights = torch.rand_like(output[0]) + 0.5
-    (found,) = torch.autograd.grad((output[0] * weights).sum(), x, allow_unused=True,
-                                   retain_graph=True)  # fmt: skip
-    return found is not None and bool((found[1:] != 0).any())
+    for own, others in ((0, slice(1, None)), (-1, slice(-1))):
+        (found,) = torch.autograd.grad(
+            (output[own] * weights).sum(), x, allow_unused=True, retain_graph=True
+        )
+        if found is not None and bool((found[others] != 0).any()):
+            return True
+    return False
