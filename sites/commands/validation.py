@@ -16,6 +16,7 @@ from rich.table import Table
 from fedseg.commands.models import Device
 from fedseg.errors import DataError
 from fedseg.shell import progress_bar
+from sites.commands.models import model_file
 from sites.commands.options import HERE, SiteOption
 from sites.folder import SiteFolder, as_owner_of, make_folder
 
@@ -95,7 +96,7 @@ def validate(
             "--policy, --out and --cache are for a data folder without a site: a site's own are in "
             "its folder"
         )
-    found = entrants([_file(name, house) for name in models or []], local)
+    found = entrants([model_file(name, site) for name in models or []], local)
     rules = _rules(house.folder.policy if house else policy)
     wanted = Wanted(
         lesions=tuple(dict.fromkeys(lesions or ())),
@@ -186,14 +187,6 @@ def _house(site: Path, data: Path | None) -> House | None:
         return None
     folder.record  # noqa: B018  raises where it is none
     return House(folder, open_signing_key(folder))
-
-
-def _file(name: str, house: House | None) -> Path:
-    """The model file that is meant."""
-    path = Path(name)
-    if house is not None and len(path.parts) == 1 and not path.is_file():
-        return house.folder.models / f"{name.removesuffix('.safetensors')}.safetensors"
-    return path
 
 
 def _show(result: ValidationResult, place: Path) -> None:

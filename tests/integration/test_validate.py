@@ -167,6 +167,7 @@ def test_scores_are_those_of_fedseg_evaluate(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_killed_validation_goes_on_and_ends_the_same(member: Hospital) -> None:
     folder = member.folder
     command = ("validate", "tiny", "local", "--site", str(folder.path))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -66,3 +69,16 @@ def test_a_share_has_its_exact_interval() -> None:
     assert two.low == pytest.approx(stats.beta.ppf(0.025, 2, 19))
     assert two.high == pytest.approx(stats.beta.ppf(0.975, 3, 18))
     assert share(0, 0).mean is None
+
+
+def test_the_published_table_is_what_its_script_prints() -> None:
+    """The columns that are not drawn by chance exactly, the widths of a few trials nearly."""
+    page = (Path(__file__).parents[2] / "docs" / "validation.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| ([\d.]+) \|.* \| (\d+)% \|$", page, re.MULTILINE)
+    assert [int(n) for n, _, _ in rows] == [6, 8, 10, 15, 20, 30, 50, 100]
+    for n, _, failing in rows:
+        assert share(0, int(n)).high == pytest.approx(int(failing) / 100, abs=0.006)
+    rng, (n, width, _) = np.random.default_rng(1), rows[4]
+    found = [estimate(rng.normal(0, 2, int(n)).tolist()) for _ in range(40)]
+    halves = [(each.high - each.low) / 2 for each in found if each.high and each.low]
+    assert np.mean(halves) == pytest.approx(float(width), rel=0.1)
