@@ -9,7 +9,8 @@ import torch
 from small_networks import PATIENTS, alone, batch, distance, layers, loss, unet
 from torch import nn
 
-from fedseg.learning.persample.gradients import gradients, work_of
+from fedseg.learning.persample.clipped import clipped_sum
+from fedseg.learning.persample.gradients import Method, gradients, work_of
 from fedseg.learning.persample.rules import UnsupportedLayerError
 from fedseg.learning.persample.watch import remarks_on
 
@@ -84,6 +85,27 @@ def test_channels_last_gives_the_same(layout: torch.memory_format) -> None:
     assert (
         distance(gradients(network, loss, work_of(turned, PATIENTS)[0], "stored"), expected) < 1e-9
     )
+
+
+def test_channels_last_gives_the_same_where_few_positions_are_left() -> None:
+    network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 2, 3)).double()
+    data = batch(network, (2, 8, 8), torch.float64)
+    each = torch.arange(len(data[0]))  # one sample a patient
+    expected = alone(network, data, each)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    turned = (data[0].to(memory_format=torch.channels_last), data[1])
+    assert distance(gradients(network, loss, work_of(turned, each)[0], "stored"), expected) < 1e-9
+
+
+@pytest.mark.parametrize("method", ["stored", "two-pass"])
+def test_an_output_padded_by_a_stride_or_more_takes_the_loop(method: Method) -> None:
+    """Torch's kernels refuse the convolution from such an output back to its input."""
+    layer = nn.ConvTranspose1d(8, 4, 3, dilation=2, output_padding=1)
+    data = torch.randn(6, 8, 7), torch.randn(6, 4, 12)
+    expected = clipped_sum(layer, loss, data, PATIENTS, 1.0, method="loop")
+    found = clipped_sum(layer, loss, data, PATIENTS, 1.0, method=method)
+    assert "output" in found.remarks[0]
+    torch.testing.assert_close(found.sum, expected.sum)
 
 
 def test_mixed_precision_gives_parameters_types_and_autograds_error() -> None:

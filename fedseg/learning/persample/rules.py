@@ -49,6 +49,8 @@ def convolution(
     assert isinstance(layer, _ConvNd)
     if x.ndim != layer.weight.ndim:
         raise UnsupportedLayerError("was given an image without a batch axis")
+    if any(more >= step for more, step in zip(layer.output_padding, layer.stride, strict=True)):
+        raise UnsupportedLayerError("pads its output by a stride or more")
     found: Gradients = {}
     if "weight" in wanted:
         found["weight"] = _weight_gradients(layer, x.to(gradient.dtype), gradient, patients)

@@ -40,4 +40,4 @@ def unfolded(x: Tensor, sides: Sequence[int], layer: _ConvNd, padding: Sequence[
         ]
         for offset in offsets
     ]  # fmt: skip
-    return torch.stack(seen, 2).view(len(x), -1, prod(sides))
+    return torch.stack(seen, 2).reshape(len(x), -1, prod(sides))
