@@ -34,6 +34,7 @@ KINDS = {
 def _always(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr(deferred, "STORED_NS", inf)
+    monkeypatch.setattr(deferred, "TYPES", (torch.float32, torch.float64))  # to compare exactly
 
 
 def work(kind: str, dtype: torch.dtype) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
@@ -164,6 +165,27 @@ def test_a_weight_that_is_used_twice_or_cut_in_pieces_is_not_deferred() -> None:
     expected = clipped_sum(once, loss, data, patients, 0.01, method="loop")
     for name, part in expected.sum.items():
         torch.testing.assert_close(found.sum[name], part, rtol=1e-9, atol=1e-14)
+
+
+def test_a_float64_gradient_that_cancels_is_not_taken_for_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its norm is 1e-9 of its terms; their products in float64 would say that it is nothing."""
+    monkeypatch.undo()
+    monkeypatch.setattr(deferred, "STORED_NS", inf)
+    layer = nn.Conv2d(64, 8, 1, bias=False).double()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        x, target = (torch.randn(1, n, 1, 1).double().repeat(1, 1, 1, 2) * 1e4 for n in (64, 8))
+        target[..., 1] *= -(1 + 1e-9)
+        data = (x, target)
+
+        def product(outputs: Tensor, targets: Tensor) -> Tensor:
+            return (outputs * targets).flatten(1).sum(1)
+
+        found = clipped_sum(layer, product, data, torch.zeros(1).long(), 1e-3)
+        assert float(found.norms[0]) > 1e-3
+        assert float(found.sum["weight"].norm()) <= 1e-3
 
 
 def test_only_what_is_cheaper_is_deferred(monkeypatch: pytest.MonkeyPatch) -> None:
