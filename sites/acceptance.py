@@ -98,7 +98,7 @@ def accept(
     header, _ = load_model(path)
     opinion = opinion_of(folder, header.model_digest)
     if opinion is not None:
-        _require_audited(folder, key, opinion)
+        _require_audited(folder, key, opinion, header.model_digest)
     against = opinion is None or opinion.verdict == "no-go"
     if against and not override:
         raise DataError(_unfounded(path, opinion))
@@ -162,14 +162,19 @@ def reject(
     return decision, before is not None and after is None
 
 
-def _require_audited(folder: SiteFolder, key: SigningKey, opinion: Opinion) -> None:
-    """Refuse a validation.json that the audit does not know as it is."""
-    known = {e.facts.get("validation") for e in verify_chain(folder.audit, key.public)
-             if e.event == VALIDATED}  # fmt: skip
-    if opinion.digest not in known:
+def _require_audited(folder: SiteFolder, key: SigningKey, opinion: Opinion, model: str) -> None:
+    """Refuse a validation.json that the audit does not know as it is, or knows as overtaken."""
+    entries = [e for e in verify_chain(folder.audit, key.public) if e.event == VALIDATED]
+    if opinion.digest not in {e.facts["validation"] for e in entries}:
         raise TrustError(
             f"validations/{opinion.name}/validation.json was not written by `fedseg-site validate` "
             "at this site, or was edited since: move it away, and validate again"
+        )
+    newest = [e for e in entries if model in e.facts["models"]][-1]
+    if newest.facts["validation"] != opinion.digest:
+        raise TrustError(
+            f"{opinion.name} is not the newest validation of this model in the audit, which is "
+            f"{newest.facts['name']}: bring that one back into validations/, or validate again"
         )
 
 
@@ -225,11 +230,11 @@ def _opinion(path: Path, model: str) -> Opinion | None:
 
 
 def _verdict(result: ValidationResult, name: str) -> Judged:
-    """Go for the recommended candidate, and for another that meets every threshold, too."""
+    """By its own thresholds first: whoever breaks one is no-go, whatever the others came to."""
     said = result.verdict
-    if said.decision != "go" or said.recommended == name:
-        return said.decision
     own = [check.met for check in said.checks if check.candidate == name]
     if "broken" in own:
         return "no-go"
+    if said.decision != "go" or said.recommended == name:
+        return said.decision
     return "go" if own and all(met == "met" for met in own) else "undecided"

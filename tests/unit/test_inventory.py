@@ -19,6 +19,7 @@ from validation_results import make_validation
 from fedseg.arrays import digest_of
 from fedseg.chain import Chain
 from fedseg.errors import DataError, TrustError
+from fedseg.evaluation.validation import Check
 from fedseg.modelfile import load_model, save_model
 from sites import cli
 from sites.acceptance import opinion_of
@@ -68,8 +69,9 @@ def validated(site: Hospital, name: str, *models: str, when: str = "1", **change
     path = site.folder.path / "validations" / name / "validation.json"
     path.parent.mkdir(parents=True)
     path.write_text(made.model_dump_json())
-    facts = {"validation": hashlib.sha256(path.read_bytes()).hexdigest()}
-    Chain(site.folder.audit, site.signing, lambda: text(site.now)).append("validated", **facts)
+    digest, chain = hashlib.sha256(path.read_bytes()).hexdigest(), site.folder.audit
+    facts = {"name": name, "validation": digest, "models": list(models)}
+    Chain(chain, site.signing, lambda: text(site.now)).append("validated", **facts)
     return path
 
 
@@ -167,6 +169,28 @@ class TestAccept:
         path.write_text(json.dumps(value))
         found = opinion_of(site.folder, second)
         assert found is not None and found.verdict == "no-go"
+
+    def test_who_broke_a_threshold_is_no_go_where_another_is_undecided(
+        self, site: Hospital
+    ) -> None:
+        """The verdict is of the recommended one, and the threshold is the hospital's."""
+        first, second = put(site, "own.safetensors", 1.1), put(site)
+        said = {"asked": 0.5, "found": 0.1, "met": "broken", "words": "the lowest Dice is 0.100"}
+        check = Check(candidate="global", threshold="worst_case_dice_at_least", **said)
+        verdict = {"decision": "undecided", "checks": (check,)}
+        validated(site, "june", first, second, verdict=verdict)
+        with pytest.raises(DataError, match="june says no-go"):
+            run(site, "accept", STUDY, "--reason", "x")
+        run(site, "accept", "own", "--reason", "few patients, but none failed")
+
+    def test_a_no_go_that_was_put_away_still_counts(self, site: Hospital) -> None:
+        model = put(site)
+        validated(site, "may", model, when="1")
+        newest = validated(site, "june", model, when="2", verdict={"decision": "no-go"})
+        shutil.rmtree(newest.parent)
+        with pytest.raises(TrustError, match=r"not the newest validation .* which is june"):
+            run(site, "accept", STUDY, "--reason", "x")
+        assert not register_path(site.folder).exists()
 
     def test_accepting_another_supersedes(self, site: Hospital) -> None:
         first = put(site)
