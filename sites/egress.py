@@ -61,7 +61,12 @@ BODIES: Mapping[type[Body], Mapping[str, About]] = {
 }
 
 
-def permitted(body: Body, plan: StudyPlan, suppress_below: int | None = None) -> Body:
+def permitted(
+    body: Body,
+    plan: StudyPlan,
+    suppress_below: int | None = None,
+    annotated: Sequence[str] | None = None,
+) -> Body:
     """What leaves of a body: the same type, with None for whatever is withheld.
 
     Args:
@@ -69,6 +74,7 @@ def permitted(body: Body, plan: StudyPlan, suppress_below: int | None = None) ->
             its numbers are about.
         plan: the approved one; its `privacy.outputs` say what leaves.
         suppress_below: the hospital's own least number of patients, where it is above the plan's.
+        annotated: the labels that the hospital declared to annotate; None is all of the plan's.
 
     Returns:
         Counts by split are withheld together with the split's patients. `left_out` is withheld
@@ -102,7 +108,7 @@ def permitted(body: Body, plan: StudyPlan, suppress_below: int | None = None) ->
                 loss=body.loss if loss else None,
             )
         case Evaluated():
-            _require_plans_scores(body, plan)
+            _require_plans_scores(body, plan, annotated)
             scores = _lets_out(outputs.metrics, body.patients, least)
             counts = _lets_out(outputs.counts, body.patients, least)
             return Evaluated(
@@ -157,8 +163,13 @@ class Outgoing:
     content: str
 
 
-def outgoing(plain: bytes, plan: StudyPlan, suppress_below: int | None = None) -> Outgoing:
-    """Look at an answer as it is about to be sealed, or to leave once more.
+def outgoing(
+    plain: bytes,
+    plan: StudyPlan,
+    suppress_below: int | None = None,
+    annotated: Sequence[str] | None = None,
+) -> Outgoing:
+    """Look at an answer as it is about to be sealed, or to leave once more; see `permitted`.
 
     Raises:
         PrivacyError: it is not what `require_permitted` lets out, has other tensors than the plan's
@@ -172,7 +183,7 @@ def outgoing(plain: bytes, plan: StudyPlan, suppress_below: int | None = None) -
         header, delta = unpack(plain, AnswerHeader, max_bytes=limit, schema=schema)
     except TrustError as error:
         raise PrivacyError(f"an answer is none that may leave: {error}") from None
-    require_permitted(header, plan, suppress_below)
+    require_permitted(header, plan, suppress_below, annotated)
     sizes = [array.nbytes for array in delta.values()]
     if plan.private and len(plain) != head_bytes_of(header, delta, plan) + sum(sizes):
         raise PrivacyError("the length of an answer of a private plan depends on what it says")
@@ -182,7 +193,10 @@ def outgoing(plain: bytes, plan: StudyPlan, suppress_below: int | None = None) -
 
 
 def require_permitted(
-    header: AnswerHeader, plan: StudyPlan, suppress_below: int | None = None
+    header: AnswerHeader,
+    plan: StudyPlan,
+    suppress_below: int | None = None,
+    annotated: Sequence[str] | None = None,
 ) -> None:
     """Look at an answer once more before it is sealed.
 
@@ -210,7 +224,7 @@ def require_permitted(
             said.append((outputs.counts, body.patients, body.patients is not None))
             said.append((outputs.losses, body.patients, body.loss is not None))
         case Evaluated():
-            _require_plans_scores(body, plan)
+            _require_plans_scores(body, plan, annotated)
             told = any(v is not None for scores in body.scores.values() for v in scores.values())
             said.append((outputs.counts, body.patients, body.patients is not None))
             said.append((outputs.metrics, body.patients, told))
@@ -275,9 +289,12 @@ def _lets_out(openness: Openness, patients: int | None, least: int) -> bool:
     return openness != "none"
 
 
-def _require_plans_scores(body: Evaluated, plan: StudyPlan) -> None:
+def _require_plans_scores(
+    body: Evaluated, plan: StudyPlan, annotated: Sequence[str] | None
+) -> None:
     """Refuse scores of something else; noised ones are all there, whoever the patients were."""
     labels = plan.task.labels.keys()
+    drawn = labels if annotated is None else set(annotated)
     if body.scores.keys() != set(plan.evaluation.metrics) or not all(
         scores.keys() <= labels for scores in body.scores.values()
     ):
@@ -287,9 +304,11 @@ def _require_plans_scores(body: Evaluated, plan: StudyPlan) -> None:
     if plan.private is None or plan.noise.metrics is None:
         raise PrivacyError("the plan wants noised metrics and has no noise for them: build it anew")
     for scores in body.scores.values():
-        if scores.keys() != labels or None in scores.values():
+        there = {label for label, value in scores.items() if value is not None}
+        if scores.keys() != labels or there != drawn:
             raise PrivacyError(
-                "noised metrics need a value for every label: which are missing tells of patients"
+                "noised metrics need a value for every label that the hospital declared to "
+                "annotate, and for no other: which are missing tells of patients"
             )
 
 

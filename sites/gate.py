@@ -31,10 +31,11 @@ from fedseg.security.keys import ReceivingKey, SigningKey, VerifyKey
 from fedseg.updates import RefusalCode, TaskHeader, require_place, task_limit
 from sites.admission import Admission
 from sites.answers import Answers, Slot
+from sites.approval import frozen_record
 from sites.chronicle import Chronicle
 from sites.client import Clock
 from sites.departures import EVENT
-from sites.egress import outgoing
+from sites.egress import Outgoing, outgoing
 from sites.enrolment import pinned_bundle
 from sites.folder import SiteFolder
 from sites.outbox import Answer, Outbox, Ready, attempt_of, name_of
@@ -224,7 +225,7 @@ class Gate:
         if plain is not None:
             if not self._provoked("repeated", **facts, digest=header.about):
                 raise FloodError("a task is repeated without end")
-            out = outgoing(plain, self._plan, self._suppress_below())
+            out = self._outgoing(plain)
             return self._outbox.ready(header, said, plain, out, approval, due, repeated=True)
         attempts = None if said.stage in FREE_STAGES else self._plan.aggregation.attempts
         self._answers.begin(slot, name, attempts, attempt=attempt_of(said, approval))
@@ -235,7 +236,7 @@ class Gate:
             self._held = (self.doing, due)
         plain = self._worker.work(task, said.stage, approval)
         self._admission.require_still(approval)
-        out = outgoing(plain, self._plan, self._suppress_below())
+        out = self._outgoing(plain)
         self._answers.keep(slot, name, plain)
         ready = self._outbox.ready(header, said, plain, out, approval, due)
         late_s = self.clock.now() - due if due > came else 0.0
@@ -259,9 +260,11 @@ class Gate:
         """How long after its task an answer leaves."""
         return self._plan.private.release_after_s if self._plan.private else 0.0
 
-    def _suppress_below(self) -> int | None:
-        """The hospital's own rule, as it stands now."""
-        return load_policy(self._folder.policy).suppress_below
+    def _outgoing(self, plain: bytes) -> Outgoing:
+        """Look at an answer by the hospital's own rule, as it stands now."""
+        least = load_policy(self._folder.policy).suppress_below
+        record = frozen_record(self._folder, self._study, self._plan.digest)
+        return outgoing(plain, self._plan, least, None if record is None else record.annotated)
 
     def _forget_if_left(self) -> None:
         """Remove what working on a task has written into a study that was left meanwhile."""

@@ -179,7 +179,7 @@ class Trainer:
 
     def _permitted(self, body: Body) -> Body:
         """What of a body leaves."""
-        return permitted(body, self._plan, self._suppress_below)
+        return permitted(body, self._plan, self._suppress_below, self._cohort.annotated)
 
     @property
     def _paid(self) -> Account:

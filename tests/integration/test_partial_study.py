@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_studies import SITES, tiny_plan
+from tiny_studies import SITES, tiny_plan, tiny_private_plan
 
 from fedseg.errors import UntaughtLabelError
 from fedseg.result import StudyResult
@@ -51,6 +51,19 @@ def test_the_report_says_who_annotates_what(study: tuple[Path, StudyResult]) -> 
     page = (study[0] / "report.html").read_text(encoding="utf-8")
     assert page.count("body; not annotated here: head") == 2
     assert page.count("head; not annotated here: body") == 2
+
+
+def test_noised_metrics_of_a_hospital_without_all_labels_leave(data: Path, tmp_path: Path) -> None:
+    plan = tiny_private_plan(aggregation={"rounds": 1}, training={"schedule": {"warmup_rounds": 0}})
+    result = simulate(plan, data, tmp_path / "out", Options(without=LOST[:2], finetune=None))
+    (measured,) = [record for record in result.stages if record.stage == "evaluate"]
+    known = {
+        answer.site: {label for label, dice in answer.scores["dice"].items() if dice is not None}
+        for answer in measured.answers
+    }
+    assert known == {site: {"head", "body"} for site in SITES} | {
+        "hospital_a": {"body"}, "hospital_b": {"head"},
+    }  # fmt: skip
 
 
 def test_a_label_that_no_hospital_annotates_stops_the_study(data: Path, tmp_path: Path) -> None:

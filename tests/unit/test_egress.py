@@ -229,6 +229,12 @@ def test_noised_metrics_are_complete_and_need_noise() -> None:
     for scores in ({"dice": {"anterior": 0.75}}, {"dice": {"anterior": 0.75, "posterior": None}}):
         with pytest.raises(PrivacyError, match="every label"):
             permitted(Evaluated(patients=None, scores=scores), plan)
+    part = Evaluated(patients=None, scores={"dice": {"anterior": 0.75, "posterior": None}})
+    assert permitted(part, plan, annotated=("anterior",)) == part
+    require_permitted(answered(part), plan, annotated=("anterior",))
+    for other in (("posterior",), ("anterior", "posterior")):
+        with pytest.raises(PrivacyError, match="every label"):
+            permitted(part, plan, annotated=other)
     silent = plan.model_copy(update={"calibrated": Calibration(training=4.0)})
     with pytest.raises(PrivacyError, match="no noise"):
         permitted(whole, silent)
