@@ -170,12 +170,17 @@ def _require_audited(folder: SiteFolder, key: SigningKey, opinion: Opinion, mode
             f"validations/{opinion.name}/validation.json was not written by `fedseg-site validate` "
             "at this site, or was edited since: move it away, and validate again"
         )
-    newest = [e for e in entries if model in e.facts["models"]][-1]
+    newest = [e for e in entries if model in _names(e.facts["models"])][-1]
     if newest.facts["validation"] != opinion.digest:
         raise TrustError(
             f"{opinion.name} is not the newest validation of this model in the audit, which is "
             f"{newest.facts['name']}: bring that one back into validations/, or validate again"
         )
+
+
+def _names(fact: object) -> list[str]:
+    """A fact of the audit that is a list."""
+    return fact if isinstance(fact, list) else []
 
 
 def _write(

@@ -6,9 +6,9 @@ its interval does, breaks it where none of it does, and is undecided between. Wi
 beforehand, or with too few patients, the answer is never "go".
 
 Recommended is the simplest model that is shown to be not worse than every other one; a model that
-breaks a threshold is passed over for one that does not. The shared model is simplest: nobody has to
-keep, repeat or explain anything made here. Where nothing is shown, the highest mean is named, and
-said to be no more than that.
+breaks a threshold is passed over for one that does not, and it is said where that one is worse. The
+shared model is simplest: nobody has to keep, repeat or explain anything made here. Where nothing is
+shown, the highest mean is named, and said to be no more than that.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from fedseg.evaluation.validation import (
 )
 
 SIMPLEST_FIRST = ("global", "local", "own", "finetuned", "pooled", "initial")
+SHOWN = ("better", "not worse")
 AS_MEASURED = ("worst_case_dice_at_least", "failures_share_at_most")
 NO_THRESHOLDS = (
     "no thresholds were set: write them into the section acceptance of policy.yaml before the next "
@@ -65,9 +66,9 @@ def judge(
     decision, reasons = _decided(name, checks, thresholds)
     passed_over = [s.candidate for s in summaries if s not in standing]
     if passed_over:
-        words = " and ".join(passed_over)
-        why += f"; {words} broke a threshold and {'was' if len(passed_over) == 1 else 'were'} "
-        why += "passed over"
+        why += _without(name, passed_over, comparisons)
+        seen = _seen_from(comparisons)
+        established &= all(seen[name, other].outcome in SHOWN for other in passed_over)
     return Verdict(
         decision=decision,
         recommended=name,
@@ -159,17 +160,28 @@ def _recommended(
     for name in names:
         others = [other for other in names if other != name]
         said = [seen[name, other].outcome for other in others]
-        if all(outcome in ("better", "not worse") for outcome in said):
+        if all(outcome in SHOWN for outcome in said):
             return name, True, _why(name, [seen[name, other] for other in others])
     means = {s.candidate: s.dice.mean or 0.0 for s in scored}
     best = max(names, key=lambda name: means[name])  # ties: the simplest
-    others = [n for n in names if n != best and seen[best, n].outcome == "undecided"]
+    others = [n for n in names if n != best and seen[best, n].outcome not in SHOWN]
     why = (
         f"{best} has the highest mean Dice ({means[best]:.3f}), but {scored[0].dice.patients} "
         f"patients do not show that it is not worse than {' and '.join(others)}: others might turn "
         "the order"
     )
     return best, False, why
+
+
+def _without(name: str, passed_over: Sequence[str], comparisons: Sequence[Comparison]) -> str:
+    """Who was passed over, and whether the recommended one is worse than they are."""
+    was = "was" if len(passed_over) == 1 else "were"
+    words = f"; {' and '.join(passed_over)} broke a threshold and {was} passed over"
+    seen = [_seen_from(comparisons)[name, other] for other in passed_over]
+    worse = [
+        f"{each.b} (Dice {each.difference.mean:+.3f})" for each in seen if each.outcome == "worse"
+    ]
+    return words + (f", although {name} is worse than {' and '.join(worse)}" if worse else "")
 
 
 def _decided(

@@ -99,6 +99,15 @@ def test_a_candidate_that_breaks_a_threshold_is_passed_over() -> None:
     )
 
 
+def test_a_worse_model_that_takes_the_place_of_a_better_one_is_said_to_be_worse() -> None:
+    rows = rows_of(finetuned=BASE, **{"global": BASE - 0.1 + JITTER})
+    rows["finetuned"] = [*rows["finetuned"][:-1], patient("P11", 0.92, failures=(EMPTY,))]
+    verdict = judged(rows, Thresholds(failures_share_at_most=0.05))
+    assert (verdict.decision, verdict.recommended) == ("go", "global")
+    assert not verdict.established
+    assert "although global is worse than finetuned (Dice -0.100)" in " ".join(verdict.reasons)
+
+
 def test_where_all_break_a_threshold_it_is_no_go_and_says_why_first() -> None:
     verdict = judged(
         rows_of(finetuned=BASE, **{"global": BASE}), Thresholds(worst_case_dice_at_least=0.9)
