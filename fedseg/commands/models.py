@@ -182,16 +182,14 @@ def _score(
 
 def _measured(header: ModelHeader, patients: list[PatientScores]) -> dict[str, Any]:
     """The JSON of `evaluate`: mean and interval of each metric over patients, then each patient."""
-    from fedseg.evaluation.statistics import mean_with_interval
+    from fedseg.evaluation.estimates import estimate
     from fedseg.result import mean_of
 
     means: dict[str, Any] = {}
     intervals: dict[str, Any] = {}
     for metric in header.plan.evaluation.metrics:
-        per_patient = (mean_of(patient.of(metric)) for patient in patients)
-        values = [value for value in per_patient if value is not None]
-        mean, low, high = mean_with_interval(values) if values else (None, None, None)
-        means[metric], intervals[metric] = mean, [low, high]
+        found = estimate(mean_of(patient.of(metric)) for patient in patients)
+        means[metric], intervals[metric] = found.mean, [found.low, found.high]
     return {
         "model": header.model_digest,
         "private": header.private,

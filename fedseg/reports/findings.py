@@ -1,8 +1,8 @@
 """What a study found, in numbers and in one sentence: the arms compared, hospital by hospital.
 
 Every Dice is a patient's mean over the foreground labels, every mean is over patients, and an
-interval is a 95 % bootstrap over patients. Differences are paired: the same patient in two arms.
-A patient without a value (no label in truth or prediction) is left out of that metric.
+interval is a 95 % bootstrap over patients, six or more. Differences are paired: the same patient in
+two arms. A patient without a value (no label in truth or prediction) is left out of that metric.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Literal
 
 from fedseg.aggregation.suspicions import sentence, suspicions
-from fedseg.evaluation.statistics import mean_with_interval
+from fedseg.evaluation import estimates
 from fedseg.plan import Metric
 from fedseg.result import Arm, ArmName, PatientScores, StudyResult, mean_of
 
@@ -24,7 +24,7 @@ Judgement = Literal["better", "worse", "open", "unknown"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over patients; no interval from fewer than two, no mean from none."""
+    """A mean over patients; no interval from fewer than six, no mean from none."""
 
     patients: int
     mean: float | None = None
@@ -68,10 +68,6 @@ def value_of(patient: PatientScores, metric: Metric) -> float | None:
 
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean and interval of as many values as there are."""
-    if not values:
-        return Estimate(0)
-    if len(values) == 1:
-        return Estimate(1, values[0])
     return Estimate(len(values), *_interval(tuple(values)))
 
 
@@ -172,8 +168,10 @@ def _against(gain: Estimate) -> str:
     if gain.mean is None:
         return f"No patient could be compared with {other}."
     if gain.judgement == "unknown":
+        whom = "one patient" if gain.patients == 1 else f"{gain.patients} patients"
         return (
-            f"On the one patient compared it is {number(gain.mean, signed=True)} against {other}."
+            f"On the {whom} compared it is {number(gain.mean, signed=True)} against {other}: too "
+            "few to say more."
         )
     if gain.judgement == "open":
         return (
@@ -208,7 +206,7 @@ def _over_initial(gain: Estimate, initial: Arm) -> str:
         return "How much of that the initial model reached before any training is not known."
     return (
         f"The initial model reached {number(start.mean)} before any training; the study added "
-        f"{number(gain.mean, signed=True)} ({interval(gain, signed=True)})."
+        f"{number(gain.mean, signed=True)}{_ends(gain)}."
     )
 
 
@@ -236,6 +234,11 @@ def _below_pooled(gap: Estimate, pooled: Arm) -> str:
     )
 
 
+def _ends(gain: Estimate) -> str:
+    """The interval of a difference in brackets, where there is one."""
+    return "" if gain.low is None else f" ({interval(gain, signed=True)})"
+
+
 def _size(gain: Estimate) -> tuple[float, float, float]:
     """Mean, low and high of a difference's size, for where the words already say its direction."""
     low, high = sorted((abs(gain.low or 0.0), abs(gain.high or 0.0)))
@@ -260,6 +263,7 @@ def _values(arm: Arm, metric: Metric, site: str | None) -> dict[tuple[str, str],
 
 
 @lru_cache(maxsize=1024)
-def _interval(values: tuple[float, ...]) -> tuple[float, float | None, float | None]:
+def _interval(values: tuple[float, ...]) -> tuple[float | None, float | None, float | None]:
     """(mean, low, high); the same values are not drawn from twice."""
-    return mean_with_interval(values, seed=0)
+    found = estimates.estimate(values)
+    return found.mean, found.low, found.high

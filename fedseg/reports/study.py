@@ -20,6 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fedseg.aggregation.suspicions import NOISY
 from fedseg.durable import write_atomically
+from fedseg.evaluation.estimates import FEWEST
 from fedseg.plan import Metric
 from fedseg.privacy.words import outputs_of
 from fedseg.reports import crosssite, findings, traffic
@@ -212,7 +213,7 @@ def _limits(result: StudyResult) -> list[str]:
     if few:
         limits.append(
             f"Fewer than {FEW_PATIENTS} patients were measured at {', '.join(few)}: intervals from "
-            "so few are wide, and often still too narrow."
+            f"so few are wide, and often still too narrow; of fewer than {FEWEST} there is none."
         )
     limits.append(
         "Intervals say how much the means would vary with other patients of the same kind. They do "

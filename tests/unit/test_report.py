@@ -159,7 +159,8 @@ def test_the_verdict_does_not_flatter() -> None:
     )
     assert "no clear difference" in findings.verdict(worse)[1]
     assert findings.verdict(worse)[2] == "It is not better on average at a (−0.103)."
-    lost = _study(("federated", {"a": [0.5, 0.52, 0.51]}), ("local", {"a": [0.6, 0.63, 0.61]}))
+    low, high = [0.5, 0.52, 0.51] * 2, [0.6, 0.63, 0.61] * 2
+    lost = _study(("federated", {"a": low}), ("local", {"a": high}))
     assert "It is worse than what each hospital had alone by 0.103" in findings.verdict(lost)[1]
     alone = _study(("federated", {"a": [0.5]}))
     assert findings.verdict(alone) == (
@@ -172,6 +173,20 @@ def test_the_verdict_does_not_flatter() -> None:
     assert "does not say how good it is" in findings.verdict(mute)[0]
     nothing = make_result().model_copy(update={"arms": ()})
     assert findings.verdict(nothing) == ("No shared model was measured in this study.",)
+
+
+def test_a_few_patients_have_no_interval(tmp_path: Path) -> None:
+    """Two of them would have one from the lower to the higher: no more than themselves."""
+    few, more = [0.7, 0.9, 0.8, 0.75, 0.72], [0.6, 0.7, 0.7, 0.65, 0.5]
+    result = _study(("federated", {"a": few}), ("local", {"a": more}), ("initial", {"a": more}))
+    assert findings.table(result, "dice").total.cells["federated"].low is None
+    said = findings.verdict(result)
+    assert "the study added +0.144." in said[1]
+    assert said[2].startswith("On the 5 patients compared it is +0.144 against")
+    assert said[2].endswith("too few to say more.")
+    assert "of fewer than 6 there is none" in _page(result, tmp_path).text
+    six = findings.estimate([*few, 0.71])
+    assert six.low is not None and six.low < six.mean  # type: ignore[operator]
 
 
 def test_differences_are_paired_by_patient() -> None:
