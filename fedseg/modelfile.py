@@ -16,7 +16,7 @@ from fedseg.frozen import Digest, Frozen
 from fedseg.plan import StudyPlan
 
 MAX_MODEL_BYTES = 8 * 1024**3
-FINETUNED = "finetuned"
+FINETUNED, LOCAL = "finetuned", "local"
 
 
 class ModelHeader(Frozen):
@@ -54,7 +54,7 @@ class ModelHeader(Frozen):
     @property
     def stays(self) -> bool:
         """True for what one hospital made of its own patients without a guarantee."""
-        return self.released is not None and not self.private
+        return (self.released is not None or self.arm == LOCAL) and not self.private
 
 
 def save_model(

@@ -33,7 +33,7 @@ from fedseg.imaging.fingerprint import fingerprint
 from fedseg.imaging.manifests import read_manifest
 from fedseg.learning.finetune import Finetuning
 from fedseg.learning.finetuned import save_finetuned
-from fedseg.modelfile import save_model
+from fedseg.modelfile import LOCAL, save_model
 from fedseg.models.devices import require_device
 from fedseg.models.zoo import initial_model, require_start
 from fedseg.plan import StudyPlan
@@ -417,10 +417,12 @@ def _write(
     rounds = result.plan.aggregation.rounds
     for key, finished in trained.items():
         name = "model" if key == "federated" else "model-" + key.replace(":", "-")
+        arm = key.partition(":")[0]
+        mode = 0o600 if arm == LOCAL else 0o644
         model = released(finished.state, finished.plan)
         seeded = whole.noise_seed is not None and finished.plan.private is not None
         path = out / f"{name}.safetensors"
-        save_model(path, finished.plan, model, arm=key, rounds=rounds, seeded=seeded)
+        save_model(path, finished.plan, model, arm=arm, rounds=rounds, seeded=seeded, mode=mode)
     for site, tuned in own.tuned.items() if own else ():
         path, released_ = out / f"model-finetuned-{site}.safetensors", result.model_digest
         save_finetuned(path, result.plan, tuned, rounds=rounds, released=released_)

@@ -49,6 +49,7 @@ def test_every_baseline_leaves_its_model(undisturbed: Undisturbed) -> None:
             )
             header, _ = load_model(out / f"{name}.safetensors")
             assert header.model_digest == digest
+            assert (header.arm, header.stays) == (arm.name, arm.name == "local")
 
 
 def test_the_result_on_disk_is_the_one_that_was_returned(undisturbed: Undisturbed) -> None:

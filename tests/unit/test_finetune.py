@@ -282,6 +282,17 @@ def test_a_fine_tuned_model_says_that_it_stays_and_starts_no_study(tmp_path: Pat
     assert build(path, tmp_path / "shared").built.digest == digest_of(model)
 
 
+def test_a_model_that_one_hospital_trained_alone_starts_no_study_either(tmp_path: Path) -> None:
+    plan, model = built()
+    for arm, stays in (("local", True), ("pooled", False)):
+        save_model(tmp_path / arm, plan, model, arm=arm, rounds=5)
+        assert load_model(tmp_path / arm)[0].stays is stays
+    path = tmp_path / "study.yaml"
+    path.write_bytes(plan.canonical_bytes)
+    with pytest.raises(PlanError, match="without a guarantee"):
+        build(path, tmp_path / "local")
+
+
 def test_a_fine_tuned_model_keeps_no_guarantee_of_its_plan(tmp_path: Path) -> None:
     plan = private_plan()
     for arm, private in (("federated", True), ("personal", True), ("finetuned", False)):
