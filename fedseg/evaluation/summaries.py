@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 
 from fedseg.evaluation.agreement import volume_agreement
@@ -11,6 +11,7 @@ from fedseg.evaluation.estimates import estimate, share
 from fedseg.evaluation.lesions import precision, sensitivity, summed
 from fedseg.evaluation.validation import (
     Agreement,
+    Estimate,
     FailureKind,
     LabelScores,
     LabelSummary,
@@ -67,8 +68,16 @@ def _of_label(scores: Sequence[LabelScores]) -> LabelSummary:
         hd95_mm=estimate(each.hd95_mm for each in scores),
         nsd=estimate(each.nsd for each in scores),
         volume_error_ml=estimate(each.volume_error_ml for each in scores),
-        sensitivity=estimate(map(sensitivity, lesions)) if lesions else None,
-        precision=estimate(map(precision, lesions)) if lesions else None,
+        sensitivity=_share_of(map(sensitivity, lesions)) if lesions else None,
+        precision=_share_of(map(precision, lesions)) if lesions else None,
         false_lesions=estimate(float(each.false) for each in lesions) if lesions else None,
         lesions=summed(lesions) if lesions else None,
     )
+
+
+def _share_of(values: Iterable[float | None]) -> Estimate:
+    """Mean of patients' shares; where all are the same, resampling cannot say how sure it is."""
+    found = estimate(values)
+    if found.low != found.high:
+        return found
+    return found.model_copy(update={"low": None, "high": None})

@@ -82,6 +82,18 @@ def test_a_summary_by_hand() -> None:
     assert head.volume_error_ml.mean == pytest.approx(1.0)
 
 
+def test_ten_patients_whose_lesions_are_all_found_do_not_make_it_certain() -> None:
+    """A bootstrap of ten equal shares would run from 1 to 1."""
+    all_found = Detection(lesions=2, found=2, predicted=2, right=2)
+    one_missed = Detection(lesions=2, found=1, predicted=2, right=2)
+    own = [patient(f"P{i}", 0.8, label={"lesions": all_found.model_dump()}) for i in range(10)]
+    found = summarise("global", own).labels["head"].sensitivity
+    assert found is not None and (found.mean, found.low, found.high) == (1.0, None, None)
+    own[0] = patient("P0", 0.8, label={"lesions": one_missed.model_dump()})
+    found = summarise("global", own).labels["head"].sensitivity
+    assert found is not None and found.low is not None and found.low < 0.95
+
+
 def test_warnings_say_what_the_numbers_cannot() -> None:
     few = found({"global": patients("global", BASE[:4])}, split="val")
     assert any("only 4 patients: too few" in words for words in few.warnings)
