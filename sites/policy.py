@@ -184,7 +184,8 @@ def load_policy(path: Path) -> Policy:
     except ValidationError as error:
         item = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(map(str, item["loc"])) or "the file"
-        known = ", ".join(Policy.model_fields)
+        section = Thresholds if item["loc"][:1] == ("acceptance",) else Policy
+        known = ", ".join(section.model_fields)
         what = "is no rule" if item["type"] == "extra_forbidden" else item["msg"]
         raise DataError(
             f"{path.name}: {field[:80]}: {what}; the rules are {known}; nothing is allowed until "

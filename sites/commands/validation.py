@@ -37,6 +37,10 @@ Examples:
   fedseg-site validate OUT/model.safetensors --data DIR --row hospital_a --out validation
 """
 SUPPRESS_BELOW = 5
+UNAPPROVED = (
+    "the patients are of a folder that was named with --data, not those approved with the study's "
+    "plan: that no model was trained on them is taken from the folder's own splits"
+)
 _COLOURS = {"go": "bold green", "no-go": "bold red", "undecided": "bold yellow"}
 
 
@@ -116,11 +120,12 @@ def validate(
             places = _at_site(house, found, wanted.thresholds, created, stack)
         else:
             places = _without_site(out or Path("validation"), cache, stack)
+        notes = places.notes if data is None else (UNAPPROVED, *places.notes)
         advance = stack.enter_context(progress_bar("measuring", total))
         result, overlays = validate_here(
             found, patients, wanted,
             site=patients.cohort.site, cache=places.cache, measured=places.measured,
-            device=device, created=created, notes=places.notes, progress=advance,
+            device=device, created=created, notes=notes, progress=advance,
         )  # fmt: skip
         keep(result, overlays, found, places.result, house)
     _show(result, places.result)

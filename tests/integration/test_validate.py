@@ -127,6 +127,7 @@ def test_a_site_compares_its_models_and_the_audit_knows(member: Hospital) -> Non
         ("scanner", "B", True),
         ("sex", "unknown", False),
     }
+    assert "--data" not in " ".join(result.warnings)
     (entry,) = member.audited("validated")
     assert entry.facts["validation"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert entry.facts["name"] == path.parent.name and entry.facts["patients"] == 7
@@ -151,6 +152,7 @@ def test_scores_are_those_of_fedseg_evaluate(
     result = read(out / "validation.json")
     assert result.thresholds is None and result.verdict.decision == "undecided"
     assert "no thresholds were set" in " ".join(result.verdict.reasons)
+    assert "not those approved with the study's plan" in result.warnings[0]
     plan = study[0].plan
     network = build_network(plan.model, plan.task)
     load_tensors(network, load_model(models / "tiny.safetensors")[1])

@@ -194,3 +194,10 @@ def test_thresholds_for_models_are_a_section_of_their_own(tmp_path: Path) -> Non
 def test_thresholds_that_mean_nothing_are_refused(tmp_path: Path, line: str) -> None:
     with pytest.raises(DataError, match="acceptance"):
         load_policy(policy_file(tmp_path, f"acceptance:\n  {line}\n"))
+
+
+def test_a_threshold_that_is_none_is_told_which_there_are(tmp_path: Path) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text("acceptance:\n  dice_at_leest: 0.8\n")
+    with pytest.raises(DataError, match=r"acceptance.dice_at_leest: is no rule; .*dice_at_least,"):
+        load_policy(path)
