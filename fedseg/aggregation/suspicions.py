@@ -27,6 +27,7 @@ FEWEST, ROUNDS, SHARE = 4, 3, 0.5
 FAR = 3.5
 NORM_FLOOR = 0.2  # of a logarithm: what is flagged is at least twice, or half, the usual size
 AGREEMENT_FLOOR = 0.05
+NOTHING = 1e-30  # an update of zeros has no logarithm, and is as small as they come
 _MAD = 1.4826
 
 NOISY = "All of this is seen through the noise of the guarantee, which hides most attacks."
@@ -67,7 +68,8 @@ def sentence(site: str, reasons: Sequence[str]) -> str:
 
 def grounds(answers: Sequence[SiteAnswer]) -> dict[str, tuple[Ground, ...]]:
     """One round: site -> on which grounds its update stands out; sites that do not are left out."""
-    sizes = {a.site: log(a.update_norm) for a in answers if a.update_norm}
+    norms = {a.site: a.update_norm for a in answers if a.update_norm is not None}
+    sizes = {site: log(max(norm, NOTHING)) for site, norm in norms.items()}
     agreed = {a.site: a.update_agreement for a in answers if a.update_agreement is not None}
     size_z, agreed_z = robust_z(sizes, NORM_FLOOR), robust_z(agreed, AGREEMENT_FLOOR)
     together = median(agreed.values()) if agreed else 0.0

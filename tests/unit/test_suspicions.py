@@ -58,6 +58,11 @@ def one_round(**liar: Any) -> list[SiteAnswer]:
         ({"agreement": 0.05}, "apart", "agree far less with the others' .* in 4 of 4 rounds"),
         ({"norm": 4.0}, "large", "far larger than the others' in 4 of 4 rounds"),
         ({"norm": 0.2}, "small", "far smaller than the others' in 4 of 4 rounds"),
+        (
+            {"norm": 0.0, "agreement": None},
+            "small",
+            "far smaller than the others' in 4 of 4 rounds",
+        ),
         ({"update_twin": "site_a"}, "same", "the same as another site's in 4 of 4 rounds"),
     ],
 )
