@@ -136,11 +136,12 @@ def test_it_is_worked_with_the_keyboard_alone(study: Study, page: Page) -> None:
     with dashboard(study) as (address, _):
         page.go(address)
         focused = []
-        for _ in range(14):
+        for _ in range(15):
             page.key("Tab", 9)
             focused.append(page.js("document.activeElement.textContent.trim().slice(0, 20)"))
         assert focused[0] == "Skip to the study"
-        assert focused[1:6] == ["Hospitals", "Curves", "Rounds", "Failures", "Facts"]
+        sections = ["Hospitals", "Worst", "Curves", "Rounds", "Failures", "Facts"]
+        assert focused[1:7] == sections
         assert "The same in numbers" in focused
         page.js("document.querySelector('#dice-numbers summary').focus()")
         page.key("Enter", 13, "\r")
