@@ -120,7 +120,8 @@ def validate(
             places = _at_site(house, found, wanted.thresholds, created, stack)
         else:
             places = _without_site(out or Path("validation"), cache, stack)
-        notes = places.notes if data is None else (UNAPPROVED, *places.notes)
+        unapproved = house is not None and data is not None
+        notes = (*places.notes, UNAPPROVED) if unapproved else places.notes
         advance = stack.enter_context(progress_bar("measuring", total))
         result, overlays = validate_here(
             found, patients, wanted,

@@ -142,6 +142,14 @@ def test_a_site_compares_its_models_and_the_audit_knows(member: Hospital) -> Non
     assert (opinion.name, opinion.digest) == (path.parent.name, entry.facts["validation"])
 
 
+def test_patients_whom_the_site_did_not_approve_are_said_to_be_such(
+    member: Hospital, data: Path
+) -> None:
+    ran("validate", "tiny", "--data", data, "--site", member.folder.path)
+    newest = max(results(member.folder.validations), key=lambda path: read(path).created)
+    assert "not those approved with the study's plan" in read(newest).warnings[0]
+
+
 def test_scores_are_those_of_fedseg_evaluate(
     data: Path, study: tuple[Consortium, Path], tmp_path: Path
 ) -> None:
@@ -152,7 +160,6 @@ def test_scores_are_those_of_fedseg_evaluate(
     result = read(out / "validation.json")
     assert result.thresholds is None and result.verdict.decision == "undecided"
     assert "no thresholds were set" in " ".join(result.verdict.reasons)
-    assert "not those approved with the study's plan" in result.warnings[0]
     plan = study[0].plan
     network = build_network(plan.model, plan.task)
     load_tensors(network, load_model(models / "tiny.safetensors")[1])

@@ -262,8 +262,8 @@ def make_validation(
             Subgroup(by="scanner", value="1.5T", suppressed=True, patients=None),
         ),
         "warnings": (
-            f"{count} patients are few: an interval from so few is often too narrow.",
-            "No patient is older than 70, so nothing is known about such patients.",
+            f"{count} patients are few: an interval from so few is often too narrow",
+            "No patient is older than 70, so nothing is known about such patients",
         ),
         "thresholds": thresholds,
         "verdict": Verdict(
