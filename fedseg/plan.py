@@ -14,7 +14,6 @@ from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     Field,
     FiniteFloat,
@@ -30,8 +29,7 @@ from fedseg.errors import PlanError
 from fedseg.frozen import Count, Digest, Fraction, Frozen, Name, NotNegative, Positive
 from fedseg.promise import Calibration, LocalPrivacy, NoPrivacy, Privacy
 from fedseg.strategy import Aggregation
-
-MAX_PLAN_BYTES = 4 * 1024 * 1024
+from fedseg.strictyaml import read_mapping
 
 Modality = Literal["MR", "CT"]
 Metric = Literal["dice", "hd95", "nsd"]
@@ -471,23 +469,6 @@ def parse_plan(data: bytes, source: str = "the plan") -> StudyPlan:
         raise PlanError(f"{source} does not hold:\n{_explain(error)}") from None
 
 
-def read_mapping(data: bytes, source: str) -> dict[Any, Any]:
-    """Read a YAML mapping that people edit: bounded, plain types, no key twice, no aliases.
-
-    Raises:
-        PlanError: too large, not YAML, or not a mapping.
-    """
-    if len(data) > MAX_PLAN_BYTES:
-        raise PlanError(f"{source} is larger than {MAX_PLAN_BYTES} bytes: that is no study plan")
-    try:
-        value = yaml.load(data, Loader=_PlainYaml)
-    except (yaml.YAMLError, RecursionError, *_BAD_SCALARS) as error:
-        raise PlanError(f"{source} is not valid YAML: {error}") from None
-    if not isinstance(value, dict):
-        raise PlanError(f"{source} must be a YAML mapping; `fedseg plan new` writes an example")
-    return value
-
-
 def load_plan(path: str | Path) -> StudyPlan:
     """Read and check a plan file; see `parse_plan`."""
     path = Path(path)
@@ -496,37 +477,6 @@ def load_plan(path: str | Path) -> StudyPlan:
     except OSError as error:
         raise PlanError(f"cannot read the plan {path}: {error.strerror}") from None
     return parse_plan(data, source=path.name)
-
-
-# What PyYAML lets escape where a value is not what its tag says, as in `!!int abc`.
-_BAD_SCALARS = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
-
-
-class _PlainYaml(yaml.SafeLoader):
-    """YAML without the silent 'last key wins', and without aliases, which a few bytes multiply."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.composer.ComposerError(
-                None, None, "aliases (*name) are not allowed: write the value out", mark
-            )
-        return super().compose_node(parent, index)
-
-
-def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    """Build a mapping; a key given twice is an error."""
-    mapping: dict[Any, Any] = {}
-    for key, value in loader.construct_pairs(node, deep=True):
-        if key in mapping:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {key!r} is given twice", node.start_mark
-            )
-        mapping[key] = value
-    return mapping
-
-
-_PlainYaml.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
 
 
 def _is_json(value: object) -> bool:

@@ -21,8 +21,9 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator
 from fedseg.errors import DataError, PlanError, PrivacyError
 from fedseg.evaluation.thresholds import Thresholds
 from fedseg.frozen import Count, Frozen, Positive
-from fedseg.plan import StudyPlan, read_mapping
+from fedseg.plan import StudyPlan
 from fedseg.promise import OPENNESS, Openness
+from fedseg.strictyaml import read_mapping
 
 if TYPE_CHECKING:
     from fedseg.privacy.ledger import Limits

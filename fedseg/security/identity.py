@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 
 from fedseg.errors import TrustError
 from fedseg.frozen import Frozen, Name, SiteName
-from fedseg.plan import MAX_PLAN_BYTES, StudyPlan
+from fedseg.plan import StudyPlan
 from fedseg.security.documents import (
     UNSIGNED,
     Moment,
@@ -38,6 +38,7 @@ from fedseg.security.keys import (
     fingerprint,
 )
 from fedseg.security.nodekeys import check_public_line
+from fedseg.strictyaml import MAX_BYTES as MAX_PLAN_BYTES
 
 COORDINATOR = "coordinator"
 MAX_SITES = 256

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from small_plans import built_plan, private_plan, values
 
 from fedseg.errors import PlanError
-from fedseg.plan import MAX_PLAN_BYTES, StudyPlan, TensorSpec, load_plan, parse_plan
+from fedseg.plan import StudyPlan, TensorSpec, load_plan, parse_plan
+from fedseg.strictyaml import MAX_BYTES
 
 
 def parse(**changes: Any) -> StudyPlan:
@@ -181,7 +182,7 @@ def test_every_wrong_field_is_told_at_once() -> None:
         (b"[" * 20_000, "not valid YAML"),
         (b"a: [1, 2\n", "not valid YAML"),
         (b"a: 1\n---\nb: 2\n", "not valid YAML"),
-        (b" " * (MAX_PLAN_BYTES + 1), f"larger than {MAX_PLAN_BYTES} bytes"),
+        (b" " * (MAX_BYTES + 1), f"larger than {MAX_BYTES} bytes"),
     ],
     ids=lambda value: repr(value)[:24],
 )
