@@ -31,11 +31,12 @@ from fedseg.evaluation.statistics import paired_difference
 from fedseg.imaging.cases import Cohort
 from fedseg.imaging.manifests import read_manifest
 from fedseg.models.zoo import initial_model
-from fedseg.plan import StudyPlan, Task, parse_plan
+from fedseg.plan import StudyPlan, parse_plan
 from fedseg.planfile import example
 from fedseg.simulation.federation import Federation, run_federation
 from fedseg.simulation.partial import withheld
 from fedseg.simulation.scoring import Scorer, released
+from fedseg.task import Task
 
 ARMS = ("all", "partial", "background")
 AIM_POINTS = -2.0

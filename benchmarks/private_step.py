@@ -169,7 +169,8 @@ def _build(row: str) -> tuple[Any, Any, Any]:
 
     from fedseg.learning.losses import dice_ce_per_patient
     from fedseg.models.unet import build_unet
-    from fedseg.plan import Task, UNetOptions
+    from fedseg.network import UNetOptions
+    from fedseg.task import Task
 
     dims, channels, batch, size = ROWS[row]
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from fedseg.plan import TensorSpec
+from fedseg.schema import TensorSpec
 
 Arrays = Mapping[str, NDArray[np.generic]]
 

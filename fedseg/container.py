@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 from fedseg.arrays import Arrays
 from fedseg.durable import Buffer
 from fedseg.errors import TrustError, printable
-from fedseg.plan import TensorSpec
+from fedseg.schema import TensorSpec
 
 Header = TypeVar("Header", bound=BaseModel)
 MAX_HEADER_BYTES = 16 * 1024 * 1024

@@ -19,8 +19,9 @@ from fedseg.durable import write_atomically
 from fedseg.errors import DataError, PlanError
 from fedseg.initial import initial_path, load_initial
 from fedseg.modelfile import load_model, save_model
-from fedseg.plan import InitialModel, StudyPlan, load_plan, parse_plan
+from fedseg.plan import StudyPlan, load_plan, parse_plan
 from fedseg.promise import Calibration
+from fedseg.schema import InitialModel
 
 __all__ = [
     "EXAMPLES",

@@ -17,7 +17,8 @@ from pydantic import ValidationError, model_validator
 
 from fedseg.errors import DataError
 from fedseg.frozen import Frozen
-from fedseg.plan import Metric, StudyPlan
+from fedseg.measures import Metric
+from fedseg.plan import StudyPlan
 
 Scores = dict[str, float | None]
 ArmName = Literal["federated", "pooled", "local", "initial", "finetuned"]

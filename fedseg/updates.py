@@ -21,8 +21,9 @@ from fedseg.container import pack, packed, peek, unpack
 from fedseg.durable import Buffer
 from fedseg.errors import TrustError
 from fedseg.frozen import Digest, Frozen, Name, SiteName
-from fedseg.plan import StudyPlan, TensorSpec
+from fedseg.plan import StudyPlan
 from fedseg.promise import Openness
+from fedseg.schema import TensorSpec
 from fedseg.security.identity import SignedRoll
 
 StageName = Literal["enlist", "train", "evaluate", "release"]

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fedseg.errors import DataError
-from fedseg.plan import Task, load_plan
+from fedseg.plan import load_plan
 from fedseg.shell import progress_bar
+from fedseg.task import Task
 
 if TYPE_CHECKING:
     from fedseg.imaging.findings import Finding

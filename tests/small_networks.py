@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from fedseg.models.standardised import StandardisedConv2d, StandardisedConv3d
 from fedseg.models.unet import build_unet
-from fedseg.plan import Task, UNetOptions
+from fedseg.network import UNetOptions
+from fedseg.task import Task
 
 PATIENTS = torch.tensor([4, 1, 4, 9, 1, 4])  # 3, 2 and 1 samples, mixed up
 

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedseg.arrays import Arrays, digest_of, schema_of
-from fedseg.plan import InitialModel, StudyPlan
+from fedseg.plan import StudyPlan
+from fedseg.schema import InitialModel
 from fedseg.updates import (
     AnswerHeader,
     Body,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fedseg.arrays import Arrays
 from fedseg.errors import RoundError
-from fedseg.plan import TensorSpec
+from fedseg.schema import TensorSpec
 
 SCALE_BITS = 36
 MAX_VALUE = 2.0**9

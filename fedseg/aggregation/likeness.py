@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedseg.arrays import Arrays
-from fedseg.plan import TensorSpec
+from fedseg.schema import TensorSpec
 
 WIDTH = 1 << 14
 SAME = 0.999

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from fedseg.arrays import Arrays
 from fedseg.errors import StorageError
-from fedseg.plan import TensorSpec
+from fedseg.schema import TensorSpec
 
 CHUNK = 1 << 16
 _ENDING = ".update"

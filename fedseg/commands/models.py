@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fedseg.imaging.cases import Manifest
+    from fedseg.measures import Metric
     from fedseg.modelfile import ModelHeader
-    from fedseg.plan import Metric, StudyPlan
+    from fedseg.plan import StudyPlan
     from fedseg.result import PatientScores
 
 EVALUATE_EPILOG = """Examples:

@@ -13,7 +13,8 @@ from fedseg.evaluation.inference import predict_mask
 from fedseg.evaluation.metrics import score_case, score_patient
 from fedseg.imaging.cases import Case, Cohort
 from fedseg.learning.repeatable import repeatable
-from fedseg.plan import Metric, StudyPlan
+from fedseg.measures import Metric
+from fedseg.plan import StudyPlan
 from fedseg.result import PatientScores, Scores
 
 if TYPE_CHECKING:

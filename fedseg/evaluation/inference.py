@@ -11,7 +11,7 @@ from monai.inferers.utils import sliding_window_inference
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedseg.plan import Task
+from fedseg.task import Task
 
 if TYPE_CHECKING:
     from fedseg.imaging.transforms import PreparedCase

@@ -24,7 +24,7 @@ from monai.metrics.utils import get_mask_edges, get_surface_distance
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedseg.plan import Metric
+from fedseg.measures import Metric
 from fedseg.result import PatientScores, Scores
 
 Mask = NDArray[np.uint8]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fedseg.imaging.cases import Case
 from fedseg.imaging.findings import Finding
-from fedseg.plan import Task
+from fedseg.task import Task
 
 
 def only_annotated(label: NDArray[np.uint8], case: Case, task: Task) -> NDArray[np.uint8]:

@@ -27,7 +27,7 @@ from fedseg.arrays import digest_of
 from fedseg.errors import DataError
 from fedseg.imaging.cases import Case
 from fedseg.imaging.transforms import PreparedCase, prepare
-from fedseg.plan import Task
+from fedseg.task import Task
 
 FORMAT = "fedseg-prepared/1"
 MARKER = "CACHEDIR.TAG"

@@ -14,7 +14,7 @@ from fedseg.imaging.overlays import colour_of, overlay_png
 from fedseg.imaging.quality import CaseSummary, Inspection
 from fedseg.imaging.readers import read_case
 from fedseg.imaging.volumes import Volume
-from fedseg.plan import Task
+from fedseg.task import Task
 
 MAX_PICTURES = 300
 

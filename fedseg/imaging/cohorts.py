@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from fedseg.imaging.cases import Cohort, Manifest
 from fedseg.imaging.quality import Inspection, inspect, usable
-from fedseg.plan import Task
+from fedseg.task import Task
 
 
 @dataclass(frozen=True)

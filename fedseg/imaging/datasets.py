@@ -24,7 +24,7 @@ from fedseg.imaging.listings import (
     stem_of,
     stems_in,
 )
-from fedseg.plan import Task
+from fedseg.task import Task
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
 

@@ -20,7 +20,7 @@ from fedseg.imaging.findings import Finding
 from fedseg.imaging.listings import Row, stem_of
 from fedseg.imaging.readers import distinct, is_dicom, load_nifti
 from fedseg.imaging.volumes import ras_spacing_of
-from fedseg.plan import Task
+from fedseg.task import Task
 
 MAX_LOOKED_AT = 50
 MANY = 4

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from fedseg.errors import DataError
-from fedseg.plan import Task
+from fedseg.task import Task
 
 LABELS_FILE = "labels.yaml"
 BACKGROUND = "background"

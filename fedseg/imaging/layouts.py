@@ -25,7 +25,7 @@ from fedseg.imaging.listings import (
     relative,
     stems_in,
 )
-from fedseg.plan import Task
+from fedseg.task import Task
 
 IMAGE_FOLDERS = ("images", "imagesTr")
 LABEL_FOLDERS = ("labels", "labelsTr")

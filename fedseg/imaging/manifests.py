@@ -21,7 +21,7 @@ from fedseg.imaging.cases import SPLITS, Case, Manifest, Split
 from fedseg.imaging.findings import CaseError, Finding
 from fedseg.imaging.listings import Listing, Row
 from fedseg.imaging.partition import assign_sites, assign_splits, parse_partition
-from fedseg.plan import Task
+from fedseg.task import Task
 
 SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 

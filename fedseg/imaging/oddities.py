@@ -17,7 +17,7 @@ from fedseg.imaging.cases import Case
 from fedseg.imaging.findings import CaseError, Finding
 from fedseg.imaging.readers import open_nifti
 from fedseg.imaging.volumes import Affine, Volume, check_affine, ras_spacing_of, spacing_of
-from fedseg.plan import Task
+from fedseg.task import Task
 
 COARSER, FINER, APART = 2.5, 5.0, 3.0
 

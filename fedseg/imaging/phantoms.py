@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from fedseg.imaging.anatomy import BODY, HEAD, draw_anatomy, turned, waves
-from fedseg.plan import Modality, Task
+from fedseg.task import Modality, Task
 
 Floats = NDArray[np.floating[Any]]
 Numbers = NDArray[np.generic]

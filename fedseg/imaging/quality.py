@@ -24,7 +24,7 @@ from fedseg.imaging.manifests import ListedManifest
 from fedseg.imaging.oddities import apart_from_cohort, judge, orphan_grid, unexpected
 from fedseg.imaging.readers import read_case
 from fedseg.imaging.volumes import Volume, ras_spacing_of
-from fedseg.plan import Task
+from fedseg.task import Task
 
 logger = logging.getLogger(__name__)
 

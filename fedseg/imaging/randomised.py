@@ -28,7 +28,7 @@ from fedseg.arrays import seed_for
 from fedseg.imaging.anatomy import turned
 from fedseg.imaging.transforms import PreparedCase, prepare
 from fedseg.imaging.volumes import Volume
-from fedseg.plan import Task
+from fedseg.task import Task
 
 Floats = NDArray[np.floating[Any]]
 Labels = NDArray[np.uint8]

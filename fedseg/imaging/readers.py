@@ -27,7 +27,7 @@ from fedseg.imaging.volumes import (
     place,
     spacing_of,
 )
-from fedseg.plan import Channel, Task
+from fedseg.task import Channel, Task
 
 LabelMap = Sequence[tuple[int, int]]
 

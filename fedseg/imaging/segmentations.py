@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fedseg.imaging.dicom import first_sentence, image_headers, quiet, read_dataset
 from fedseg.imaging.findings import CaseError
 from fedseg.imaging.volumes import LPS_TO_RAS, Affine, Shape, place, spacing_of
-from fedseg.plan import Task
+from fedseg.task import Task
 
 
 def read_segmentation(

@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from fedseg.errors import DataError
 from fedseg.imaging.volumes import Volume
-from fedseg.plan import Channel, Normalisation, Task
+from fedseg.task import Channel, Normalisation, Task
 
 SAME_SPACING = 1e-3
 

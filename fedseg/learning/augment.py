@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fedseg.plan import Augmentation
+from fedseg.training import Augmentation
 
 HALF = 0.5
 

@@ -33,9 +33,11 @@ from fedseg.models.zoo import (
     readapted,
     state_tensors,
 )
-from fedseg.plan import Adapters, Schedule, StudyPlan, Trainable
+from fedseg.network import Adapters
+from fedseg.plan import StudyPlan
 from fedseg.promise import NoPrivacy
 from fedseg.strategy import Aggregation
+from fedseg.training import Schedule, Trainable
 
 Kind = Literal["full", "head", "norms", "adapters", "ditto"]
 KINDS: tuple[Kind, ...] = ("full", "head", "norms", "adapters", "ditto")

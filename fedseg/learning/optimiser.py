@@ -12,7 +12,7 @@ from torch import nn
 
 from fedseg.arrays import Arrays
 from fedseg.errors import RoundError
-from fedseg.plan import Optimiser
+from fedseg.training import Optimiser
 
 
 def build_optimiser(network: nn.Module, settings: Optimiser) -> torch.optim.Optimizer:

@@ -28,10 +28,12 @@ from fedseg.learning.local import train_round
 from fedseg.learning.sampling import Patients
 from fedseg.models.devices import require_device
 from fedseg.models.zoo import build_network, initial_model, load_tensors, state_tensors
-from fedseg.plan import Optimiser, Schedule, StudyPlan, Task
+from fedseg.plan import StudyPlan
 from fedseg.promise import NoPrivacy
 from fedseg.result import mean_of
 from fedseg.strategy import Aggregation
+from fedseg.task import Task
+from fedseg.training import Optimiser, Schedule
 
 CHUNK = 50
 SITE = "pretraining"

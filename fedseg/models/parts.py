@@ -14,7 +14,8 @@ from torch import nn
 
 from fedseg.errors import PlanError
 from fedseg.models.adapters import Adapted
-from fedseg.plan import StudyPlan, Trainable
+from fedseg.plan import StudyPlan
+from fedseg.training import Trainable
 
 NORMS = (
     nn.modules.instancenorm._InstanceNorm,

@@ -12,7 +12,8 @@ from typing import Any
 from monai.networks.nets.unet import UNet as MonaiUNet
 from torch import nn
 
-from fedseg.plan import Task, UNetOptions
+from fedseg.network import UNetOptions
+from fedseg.task import Task
 
 Norm = tuple[str, dict[str, Any]]
 

@@ -23,7 +23,10 @@ from fedseg.errors import PlanError, TrustError
 from fedseg.models.adapters import adapt, base_names, merged
 from fedseg.models.parts import divide, freeze, head_of
 from fedseg.models.unet import build_unet
-from fedseg.plan import InitialModel, Model, StudyPlan, Task, UNetOptions
+from fedseg.network import Model, UNetOptions
+from fedseg.plan import StudyPlan
+from fedseg.schema import InitialModel
+from fedseg.task import Task
 
 GROUP = "fedseg.networks"
 AVERAGED = (torch.float32, torch.float64, torch.float16)

@@ -14,11 +14,13 @@ from math import prod
 from typing import Literal
 
 from fedseg.frozen import Digest, Frozen
+from fedseg.measures import Metric
 from fedseg.modelfile import ModelHeader
-from fedseg.plan import Channel, Metric, StudyPlan
+from fedseg.plan import StudyPlan
 from fedseg.privacy.words import guessed_right, in_one_line, not_covered
 from fedseg.reports.crosssite import CrossSite, across, own_elsewhere, sentences
 from fedseg.result import GuaranteeRecord, SiteAnswer, StageRecord, StudyResult
+from fedseg.task import Channel
 
 Writer = Literal["coordinator", "simulation", "hospital"]
 Standing = Literal["kept", "not private", "none"]

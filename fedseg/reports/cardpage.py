@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from fedseg.durable import write_atomically
-from fedseg.plan import Metric
+from fedseg.measures import Metric
 from fedseg.reports.card import MeasuredSite, ModelCard
 from fedseg.reports.crosssite import STANDING_WORDS
 

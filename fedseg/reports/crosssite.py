@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import Literal
 
-from fedseg.plan import Metric, StudyPlan
+from fedseg.measures import Metric
+from fedseg.plan import StudyPlan
 from fedseg.result import PatientScores, SiteAnswer, StageRecord, StudyResult, mean_of
 
 Standing = Literal["measured", "withheld", "absent"]

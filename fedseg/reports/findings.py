@@ -15,7 +15,7 @@ from typing import Literal
 
 from fedseg.aggregation.suspicions import sentence, suspicions
 from fedseg.evaluation import estimates
-from fedseg.plan import Metric
+from fedseg.measures import Metric
 from fedseg.result import Arm, ArmName, PatientScores, StudyResult, mean_of
 
 ARMS: tuple[ArmName, ...] = ("initial", "local", "federated", "finetuned", "pooled")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fedseg.plan import Metric, StudyPlan
+from fedseg.measures import Metric
+from fedseg.plan import StudyPlan
 from fedseg.privacy.guarantee import rounded_up
 from fedseg.privacy.words import Output, guessed_right, not_covered, outputs_of, withheld
 from fedseg.promise import LocalPrivacy

@@ -21,7 +21,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from fedseg.aggregation.suspicions import NOISY
 from fedseg.durable import write_atomically
 from fedseg.evaluation.estimates import FEWEST
-from fedseg.plan import Metric
+from fedseg.measures import Metric
 from fedseg.privacy.words import outputs_of
 from fedseg.reports import crosssite, findings, traffic
 from fedseg.reports.charts import Curve, curve_chart, dice_chart

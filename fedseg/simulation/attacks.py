@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from fedseg.arrays import Arrays, seed_for
 from fedseg.container import pack, unpack
 from fedseg.imaging.cases import Cohort
-from fedseg.plan import Task
+from fedseg.task import Task
 from fedseg.updates import AnswerHeader, Trained
 
 Handle = Callable[[bytes], bytes]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from fedseg.errors import PlanError
 from fedseg.imaging.cases import Cohort
-from fedseg.plan import Task
+from fedseg.task import Task
 
 
 def parse_without(text: str) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from small_plans import tiny_model
 from fedseg.aggregation.accumulate import MAX_VALUE, MAX_WEIGHT, SCALE_BITS, MeanAccumulator
 from fedseg.arrays import Arrays, digest_of, schema_of
 from fedseg.errors import RoundError
-from fedseg.plan import TensorSpec
+from fedseg.schema import TensorSpec
 
 BOUND = 2.0 ** -(SCALE_BITS + 1)
 LARGEST = float(np.nextafter(np.float32(MAX_VALUE), np.float32(0)))

@@ -11,7 +11,7 @@ from nibabel import orientations
 
 from fedseg.imaging.transforms import prepare, restore
 from fedseg.imaging.volumes import Volume
-from fedseg.plan import Task
+from fedseg.task import Task
 
 ORIENTATIONS = [
     np.array([[axis, sign] for axis, sign in zip(order, signs, strict=True)], dtype=float)

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as st_numpy
 from numpy.typing import NDArray
 
 from fedseg.evaluation.metrics import score_case
-from fedseg.plan import Metric
+from fedseg.measures import Metric
 
 ALL: tuple[Metric, ...] = ("dice", "hd95", "nsd")
 SPACING = (1.0, 0.5, 2.0)

@@ -7,7 +7,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from fedseg.plan import Task
+from fedseg.task import Task
 
 OBLIQUE = np.array(
     [[0.9, -0.3, 0.1, -20.0], [0.3, 0.95, 0.2, 5.0], [-0.1, -0.15, 2.4, 7.0], [0, 0, 0, 1]]

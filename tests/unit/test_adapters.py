@@ -22,8 +22,10 @@ from fedseg.models.adapters import Adapted, adapt, base_names, merged
 from fedseg.models.parts import freeze, head_of
 from fedseg.models.standardised import StandardisedConv2d
 from fedseg.models.zoo import build_network
-from fedseg.plan import Adapters, StudyPlan, Trainable, parse_plan
+from fedseg.network import Adapters
+from fedseg.plan import StudyPlan, parse_plan
 from fedseg.planfile import example
+from fedseg.training import Trainable
 
 UNETS = [(d, norm, units) for d in (2, 3) for norm in ("instance", "group") for units in (0, 2)]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

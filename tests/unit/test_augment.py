@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedseg.learning.augment import augment, margin_of, resample, rotation
-from fedseg.plan import Augmentation
+from fedseg.training import Augmentation
 
 
 def run(

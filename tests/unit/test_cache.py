@@ -19,7 +19,7 @@ from fedseg.imaging.cache import CaseCache, purge
 from fedseg.imaging.cases import Case
 from fedseg.imaging.phantoms import phantom_task, write_phantoms
 from fedseg.imaging.transforms import PreparedCase, prepare
-from fedseg.plan import Task
+from fedseg.task import Task
 
 
 @pytest.fixture(scope="module")

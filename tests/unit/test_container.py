@@ -20,7 +20,7 @@ from fedseg.container import MAX_HEADER_BYTES, pack, peek, unpack
 from fedseg.durable import write_atomically
 from fedseg.errors import RoundError, TrustError
 from fedseg.frozen import Frozen
-from fedseg.plan import TensorSpec
+from fedseg.schema import TensorSpec
 
 ROOM = 10**6
 

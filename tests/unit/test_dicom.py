@@ -25,7 +25,7 @@ from fedseg.imaging.dicom import read_series
 from fedseg.imaging.dicom_folders import list_dicom
 from fedseg.imaging.readers import read_case, read_image
 from fedseg.imaging.volumes import Volume
-from fedseg.plan import Task
+from fedseg.task import Task
 
 TURN = np.array([[0.8, -0.6, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 1.0]])
 

@@ -31,7 +31,8 @@ from fedseg.learning.stopping import TooFewError, divided
 from fedseg.modelfile import load_model, save_model
 from fedseg.models.parts import freeze
 from fedseg.models.zoo import build_network, initial_model, load_tensors, readapted, state_tensors
-from fedseg.plan import Adapters, StudyPlan
+from fedseg.network import Adapters
+from fedseg.plan import StudyPlan
 from fedseg.planfile import build
 
 PATIENTS = {f"p{i}": [case_of(i)] for i in range(3)}

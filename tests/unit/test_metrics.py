@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from fedseg.evaluation.metrics import score_case, score_patient
-from fedseg.plan import Metric
+from fedseg.measures import Metric
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

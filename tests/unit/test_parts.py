@@ -20,7 +20,8 @@ from fedseg.learning.optimiser import (
 )
 from fedseg.models.parts import freeze
 from fedseg.models.zoo import build_network, initial_model, load_tensors, state_tensors
-from fedseg.plan import StudyPlan, Trainable
+from fedseg.plan import StudyPlan
+from fedseg.training import Trainable
 
 NARROW: tuple[Trainable, ...] = ("norms", "head", "norms+head")
 

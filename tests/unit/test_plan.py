@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from small_plans import built_plan, private_plan, values
 
 from fedseg.errors import PlanError
-from fedseg.plan import StudyPlan, TensorSpec, load_plan, parse_plan
+from fedseg.plan import StudyPlan, load_plan, parse_plan
+from fedseg.schema import TensorSpec
 from fedseg.strictyaml import MAX_BYTES
 
 

@@ -15,7 +15,7 @@ from fedseg.imaging.cases import Case, Manifest
 from fedseg.imaging.guess import guess_task
 from fedseg.imaging.manifests import survey
 from fedseg.imaging.quality import Inspection, inspect, usable
-from fedseg.plan import Task
+from fedseg.task import Task
 
 HEALTHY = "hippocampus_001"
 BAD = {

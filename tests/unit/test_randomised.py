@@ -9,7 +9,7 @@ import pytest
 from scipy import ndimage
 
 from fedseg.imaging.randomised import Anatomy, randomised_case
-from fedseg.plan import Task
+from fedseg.task import Task
 
 KINDS: tuple[Anatomy, ...] = ("chain", "apart", "nested")
 

@@ -17,7 +17,7 @@ from fedseg.imaging.cases import Case
 from fedseg.imaging.findings import CaseError
 from fedseg.imaging.readers import map_labels, read_case, read_image
 from fedseg.imaging.volumes import place, ras_spacing_of, spacing_of
-from fedseg.plan import Task
+from fedseg.task import Task
 
 
 def case(folder: Path, *images: Path, label: Path | None = None) -> Case:

@@ -13,13 +13,14 @@ import pytest
 from small_plans import private_plan
 from study_results import HOSPITALS, make_overlay, make_overlays, make_result
 
-from fedseg.plan import InitialModel, StudyPlan
+from fedseg.plan import StudyPlan
 from fedseg.privacy.promised import record_of
 from fedseg.privacy.words import withheld
 from fedseg.reports import findings, traffic
 from fedseg.reports.figures import Overlay
 from fedseg.reports.study import write_report
 from fedseg.result import Arm, ArmName, PatientScores, StageRecord, StudyResult
+from fedseg.schema import InitialModel
 
 VOID = {"meta", "img", "rect", "br", "link", "hr", "input"}
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from study_results import make_result
 
 from fedseg.errors import DataError
-from fedseg.plan import Metric
+from fedseg.measures import Metric
 from fedseg.reports.schema import result_schema
 from fedseg.result import PatientScores, StudyResult, load_result, mean_of
 

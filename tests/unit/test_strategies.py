@@ -27,8 +27,9 @@ from fedseg.imaging.transforms import PreparedCase
 from fedseg.learning import local
 from fedseg.learning.strategies import Memory, train_by_strategy, used_here
 from fedseg.models.zoo import state_tensors
-from fedseg.plan import InitialModel, StudyPlan
+from fedseg.plan import StudyPlan
 from fedseg.rates import summed_rate
+from fedseg.schema import InitialModel
 from fedseg.strategy import Aggregation
 
 Weights = NDArray[np.float64]

@@ -8,7 +8,7 @@ import pytest
 from fedseg.errors import DataError
 from fedseg.imaging.transforms import prepare, restore
 from fedseg.imaging.volumes import Volume
-from fedseg.plan import Task
+from fedseg.task import Task
 
 
 def task_of(modality: str = "MR", spacing: tuple[float, ...] = (1, 1, 1), **more: object) -> Task:

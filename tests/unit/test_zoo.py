@@ -20,7 +20,8 @@ from fedseg.models.zoo import (
     refuse_running_statistics,
     state_tensors,
 )
-from fedseg.plan import Model, StudyPlan
+from fedseg.network import Model
+from fedseg.plan import StudyPlan
 
 
 def plan_of(dimensions: int = 3, seed: int = 0, **model: Any) -> StudyPlan:

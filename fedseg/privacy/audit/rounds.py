@@ -25,10 +25,11 @@ from fedseg.learning.private import prepare, promise_of, train_round_privately
 from fedseg.learning.sampling import Patients
 from fedseg.models.parts import freeze
 from fedseg.models.zoo import build_network
-from fedseg.plan import Augmentation, Optimiser, Schedule, StudyPlan
+from fedseg.plan import StudyPlan
 from fedseg.privacy.audit.bounds import Flags, Floats
 from fedseg.privacy.noise import Noise
 from fedseg.promise import Calibration
+from fedseg.training import Augmentation, Optimiser, Schedule
 
 TIGHT = 1e-4  # a clip norm below any real gradient's
 FAINT = 0.05  # noise that leaves float32 room for a patient's share
