@@ -7,20 +7,15 @@ and patients); it is not taken for another.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from numpy.typing import NDArray
+from pydantic import Field
 
 from fedseg.arrays import Arrays, digest_of
-from fedseg.container import packed, unpack
-from fedseg.durable import write_atomically
-from fedseg.errors import DataError, TrustError
-from fedseg.frozen import Digest, Frozen
 from fedseg.learning.finetune import (
     Finetuning,
     State,
@@ -29,10 +24,10 @@ from fedseg.learning.finetune import (
     finetuning_plan,
 )
 from fedseg.learning.sampling import Patients
+from fedseg.learning.unfinished import Unfinished, put_aside, recipe_of, take_up
 from fedseg.modelfile import FINETUNED, save_model
 from fedseg.plan import StudyPlan
 
-MAX_BYTES = 64 * 1024**3
 _PARTS = ("model", "optimiser", "best")
 
 
@@ -58,12 +53,11 @@ class Finetuned:
         return max(self.scores) - self.scores[0]
 
 
-class _Kept(Frozen):
+class _Kept(Unfinished):
     """The header of the file."""
 
     format: Literal["fedseg-finetuning/1"] = "fedseg-finetuning/1"
-    recipe: Digest
-    scores: tuple[float, ...]
+    scores: Annotated[tuple[float, ...], Field(min_length=1)]
 
 
 def finetune_to_the_end(
@@ -93,8 +87,8 @@ def finetune_to_the_end(
         StorageError: the file cannot be written.
     """
     named = [sorted(patients), sorted(stopping)]
-    parts = [plan.digest, digest_of(model), settings.model_dump(mode="json"), site, data, named]
-    recipe = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    how = settings.model_dump(mode="json")
+    recipe = recipe_of(plan.digest, digest_of(model), how, site, data, named)
     state = last = _read(kept, recipe)
     if last is not None:
         progress(last)
@@ -132,8 +126,8 @@ def looks(plan: StudyPlan, settings: Finetuning) -> int:
 
 def _write(path: Path, recipe: str, state: State) -> None:
     """Keep a state in place of the one before."""
-    arrays = {f"{p}/{n}": a for p in _PARTS for n, a in getattr(state, p).items()}
-    write_atomically(path, packed(_Kept(recipe=recipe, scores=state.scores), arrays), mode=0o600)
+    header = _Kept(recipe=recipe, scores=state.scores)
+    put_aside(path, header, {part: getattr(state, part) for part in _PARTS})
 
 
 def _read(path: Path, recipe: str) -> State | None:
@@ -142,19 +136,10 @@ def _read(path: Path, recipe: str) -> State | None:
     Raises:
         DataError: another one was stopped there.
     """
-    if not path.exists():
+    work = "fine-tuning (model, patients, seed or settings differ)"
+    found = take_up(path, _Kept, recipe, work)
+    if found is None:
         return None
-    try:
-        header, arrays = unpack(path.read_bytes(), _Kept, max_bytes=MAX_BYTES, schema=None)
-    except TrustError:
-        header, arrays = None, {}
-    if header is None or header.recipe != recipe or not header.scores:
-        raise DataError(
-            f"{path.name} is of another fine-tuning (model, patients, seed or settings differ): "
-            "remove it to begin anew, or write the result elsewhere"
-        )
-    parts: dict[str, dict[str, NDArray[Any]]] = {name: {} for name in _PARTS}
-    for key, array in arrays.items():
-        part, _, name = key.partition("/")
-        parts.setdefault(part, {})[name] = array.copy()
-    return State(parts["model"], parts["optimiser"], parts["best"], header.scores)
+    header, parts = found
+    model, optimiser, best = (parts.get(name, {}) for name in _PARTS)
+    return State(model, optimiser, best, header.scores)

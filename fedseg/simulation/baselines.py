@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from fedseg.alone import plan_alone
 from fedseg.imaging.cases import Cohort
-from fedseg.promise import NoPrivacy
 from fedseg.simulation.federation import Federation
-from fedseg.strategy import Mean
 
 Baseline = Literal["pooled", "local"]
 
@@ -48,34 +47,9 @@ def pooled(whole: Federation, folder: Path, steps_per_round: int) -> Federation:
 
 def alone(whole: Federation, cohort: Cohort, folder: Path, steps_per_round: int) -> Federation:
     """One site that trains without the others; its optimiser is never reset."""
-    plan = whole.plan
-    optimiser = plan.training.optimiser.model_copy(update={"state": "keep"})
-    training = plan.training.model_copy(
-        update={"steps_per_round": steps_per_round, "optimiser": optimiser}
-    )
-    aggregation = plan.aggregation.model_copy(
-        update={
-            "strategy": "fedavg",
-            "combine": Mean(),
-            "proximal_mu": 0.0,
-            "ditto_lambda": 0.0,
-            "minimum_sites": 1,
-            "server_learning_rate": 1.0,
-            "server_momentum": 0.0,
-        }
-    )
-    evaluation = plan.evaluation.model_copy(update={"every_rounds": plan.aggregation.rounds})
-    changed: dict[str, Any] = {
-        "initial": plan.built.model_copy(update={"personal": ()}),
-        "training": training,
-        "aggregation": aggregation,
-        "evaluation": evaluation,
-    }
-    if plan.private is not None:
-        changed |= {"privacy": NoPrivacy(), "calibrated": None}
     return replace(
         whole,
-        plan=plan.model_copy(update=changed),
+        plan=plan_alone(whole.plan, steps_per_round),
         cohorts=(cohort,),
         folder=folder,
         faults=(),
