@@ -87,7 +87,7 @@ def _slope(size: NDArray[np.float64], difference: NDArray[np.float64]) -> Estima
 
 def _quantile(freedom: int) -> float:
     """Of t, two-sided."""
-    return float(stats.t.ppf((1 + LEVEL) / 2, freedom))  # type: ignore[attr-defined]
+    return float(stats.t.ppf((1 + LEVEL) / 2, freedom))
 
 
 def _scaled(estimate: Estimate, factor: float) -> Estimate:

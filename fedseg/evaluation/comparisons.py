@@ -97,7 +97,7 @@ def sign_flip_p(differences: Sequence[float], *, seed: int = 0) -> float | None:
         return None
     if not sample.any():
         return 1.0
-    found = stats.permutation_test(  # type: ignore[attr-defined]
+    found = stats.permutation_test(
         (sample,),
         np.mean,
         permutation_type="samples",
@@ -115,7 +115,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     known = [p for p in p_values if p is not None]
     if not known:
         return list(p_values)
-    adjusted = iter(multipletests(known, method="holm")[1])  # type: ignore[no-untyped-call]
+    adjusted = iter(multipletests(known, method="holm")[1])
     return [None if p is None else float(next(adjusted)) for p in p_values]
 
 

@@ -46,7 +46,7 @@ def share(count: int, patients: int) -> Estimate:
     """A share of patients with its exact interval (Clopper and Pearson, Biometrika 1934)."""
     if not patients:
         return Estimate(patients=0, mean=None, low=None, high=None)
-    test = stats.binomtest(count, patients)  # type: ignore[attr-defined]
+    test = stats.binomtest(count, patients)
     found = test.proportion_ci(LEVEL, method="exact")
     return Estimate(
         patients=patients, mean=count / patients, low=float(found.low), high=float(found.high)
@@ -65,6 +65,6 @@ def expanded_level(patients: int, level: float = LEVEL) -> float:
     """
     if patients < 2:
         return level
-    quantile = stats.t.ppf((1 + level) / 2, patients - 1)  # type: ignore[attr-defined]
-    expanded = stats.norm.cdf(quantile * sqrt(patients / (patients - 1)))  # type: ignore[attr-defined]
+    quantile = stats.t.ppf((1 + level) / 2, patients - 1)
+    expanded = stats.norm.cdf(quantile * sqrt(patients / (patients - 1)))
     return min(float(2 * expanded - 1), 1 - 1e-6)

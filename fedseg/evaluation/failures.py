@@ -79,11 +79,11 @@ def _farthest_mm(prediction: Mask, truth: Mask, spacing_mm: Sequence[float]) -> 
     apart = [i for i in range(1, count + 1) if sizes[i] >= least and not touching[i]]
     if not apart:
         return 0.0
-    away = ndimage.distance_transform_edt(~truth, sampling=tuple(spacing_mm))  # type: ignore[attr-defined]
+    away = ndimage.distance_transform_edt(~truth, sampling=tuple(spacing_mm))
     return float(max(away[numbered == i].min() for i in apart))
 
 
 def _box(mask: Mask) -> tuple[slice, ...]:
     """The smallest box that holds a mask."""
-    found: tuple[slice, ...] = ndimage.find_objects(mask.astype(np.uint8))[0]  # type: ignore[attr-defined]
+    found: tuple[slice, ...] = ndimage.find_objects(mask.astype(np.uint8))[0]
     return found

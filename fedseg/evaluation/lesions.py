@@ -40,7 +40,7 @@ def detect(prediction: Mask, truth: Mask, *, overlap: float = OVERLAP) -> Detect
 
 def components(mask: Mask) -> tuple[NDArray[np.int32], int]:
     """Number each component of a mask, from 1; 0 is outside."""
-    numbered, count = ndimage.label(mask, structure=np.ones((3,) * mask.ndim))  # type: ignore[attr-defined]
+    numbered, count = ndimage.label(mask, structure=np.ones((3,) * mask.ndim))
     return numbered, int(count)
 
 

@@ -65,7 +65,7 @@ def _interval(
     sample: NDArray[np.float64], method: str, seed: int, level: float
 ) -> tuple[float, float]:
     """Bootstrap interval of the mean."""
-    found = stats.bootstrap(  # type: ignore[attr-defined]
+    found = stats.bootstrap(
         (sample,),
         np.mean,
         n_resamples=RESAMPLES,

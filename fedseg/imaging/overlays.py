@@ -60,13 +60,13 @@ def _upright(
     label = volume.label if volume.label is not None else np.zeros(image.shape, dtype=np.uint8)
     if planar:
         return image, label, volume.spacing_mm
-    turn = io_orientation(volume.affine_ras)  # type: ignore[no-untyped-call]
+    turn = io_orientation(volume.affine_ras)
     spacing = [0.0, 0.0, 0.0]
     for axis in range(3):
         spacing[int(turn[axis, 0])] = volume.spacing_mm[axis]
     return (
-        apply_orientation(image, turn),  # type: ignore[no-untyped-call]
-        apply_orientation(label, turn),  # type: ignore[no-untyped-call]
+        apply_orientation(image, turn),
+        apply_orientation(label, turn),
         tuple(spacing),
     )
 

@@ -232,9 +232,7 @@ def _ct_image(
 def _blurred(image: Floats, scanner: Scanner) -> Floats:
     """The image through the scanner's point spread."""
     width = [scanner.blur_mm, scanner.blur_mm, scanner.blur_mm / scanner.slice_mm]
-    blurred: Floats = ndimage.gaussian_filter(  # type: ignore[attr-defined]
-        image, width, mode="nearest"
-    )
+    blurred: Floats = ndimage.gaussian_filter(image, width, mode="nearest")
     return blurred
 
 
@@ -249,7 +247,7 @@ def _stored(image: Floats, scanner: Scanner) -> Numbers:
 
 def _write(path: Path, data: Numbers, affine: Floats) -> None:
     """NIfTI in gzip without name or time, so that equal data are equal bytes."""
-    image: Any = nib.Nifti1Image(data, affine)  # type: ignore[no-untyped-call]
+    image: Any = nib.Nifti1Image(data, affine)
     image.header.set_xyzt_units("mm")
     with path.open("wb") as file, gzip.GzipFile("", "wb", 1, file, mtime=0) as stream:
         stream.write(image.to_bytes())

@@ -254,7 +254,7 @@ def _image(tissue: NDArray[np.intp], count: int, grey: Floats, rng: np.random.Ge
     fine = [max(2, n // int(rng.integers(2, 6))) for n in shape]
     image = image + texture[tissue] * _field(shape, fine, rng)
     width = rng.uniform(0.2, 0.9) * rng.uniform(0.6, 1.4, 3)
-    image = ndimage.gaussian_filter(image, width, mode="nearest")  # type: ignore[attr-defined]
+    image = ndimage.gaussian_filter(image, width, mode="nearest")
     image = np.clip(image, 0, None) ** rng.uniform(0.7, 1.4)
     cells = rng.integers(1, 4, 3).tolist()
     image = image * np.exp(rng.uniform(0, 0.3) * _field(shape, cells, rng))

@@ -109,7 +109,7 @@ def restore(
     turned_shape = tuple(int(shape[axis]) for axis in _file_axes(turn))
     grid = _snapped(mask.shape, turned_shape, step, offset)
     ras = _resample_labels(mask.astype(np.uint8, copy=False), *grid, turned_shape)
-    to_file = orientations.ornt_transform(_RAS, turn)  # type: ignore[no-untyped-call]
+    to_file = orientations.ornt_transform(_RAS, turn)
     return np.ascontiguousarray(_turned(ras, to_file))
 
 
@@ -148,7 +148,7 @@ def _orientation(affine: NDArray[np.float64]) -> NDArray[np.float64]:
     """For each file axis the nearest RAS axis and its sign, shape (3, 2)."""
     affine = np.asarray(affine, dtype=np.float64)
     if np.isfinite(affine).all() and _volume(affine) > 1e-6 * np.prod(_spacing(affine)) > 0:
-        return orientations.io_orientation(affine)  # type: ignore[no-untyped-call, no-any-return]
+        return orientations.io_orientation(affine)  # type: ignore[no-any-return]
     raise DataError(
         "the affine does not span three directions in space: repair the header (sform, qform) or "
         "convert the image from DICOM again"
@@ -167,14 +167,14 @@ def _file_axes(turn: NDArray[np.float64]) -> list[int]:
 
 def _turned(array: NDArray[Scalar], turn: NDArray[np.float64]) -> NDArray[Scalar]:
     """A view of (X, Y, Z) with its axes in RAS order and direction."""
-    return orientations.apply_orientation(array, turn)  # type: ignore[no-untyped-call, no-any-return]
+    return orientations.apply_orientation(array, turn)  # type: ignore[no-any-return]
 
 
 def _turned_affine(
     affine: NDArray[np.float64], turn: NDArray[np.float64], shape: Sequence[int]
 ) -> NDArray[np.float64]:
     """The affine that belongs to the turned array."""
-    back = orientations.inv_ornt_aff(turn, tuple(shape))  # type: ignore[no-untyped-call]
+    back = orientations.inv_ornt_aff(turn, tuple(shape))
     return np.asarray(np.asarray(affine, np.float64) @ back, dtype=np.float64)
 
 
@@ -222,9 +222,7 @@ def _resample(
         return
     if (step > 1).any():
         sigma = np.maximum(0, (step - 1) / 2)
-        source = ndimage.gaussian_filter(  # type: ignore[attr-defined]
-            source, sigma, mode="nearest", output=np.float32
-        )
+        source = ndimage.gaussian_filter(source, sigma, mode="nearest", output=np.float32)
     _interpolate(source, step, offset, out)
 
 
@@ -235,7 +233,7 @@ def _interpolate(
     out: NDArray[np.float32],
 ) -> None:
     """`source` at step * index + offset, linearly; beyond its border, its border."""
-    ndimage.affine_transform(  # type: ignore[attr-defined]
+    ndimage.affine_transform(
         source, step, offset, output_shape=out.shape, output=out, order=1, mode="nearest"
     )
 
@@ -255,7 +253,7 @@ def _resample_labels(
     out = np.zeros(shape, dtype=np.uint8)
     best = np.zeros(shape, dtype=np.float32)
     taken = np.zeros(shape, dtype=np.float32)
-    boxes = ndimage.find_objects(source)  # type: ignore[attr-defined]
+    boxes = ndimage.find_objects(source)
     for value, box in enumerate(boxes, start=1):
         if box is None:
             continue

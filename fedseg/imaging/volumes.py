@@ -60,7 +60,7 @@ def ras_spacing_of(affine: Affine) -> tuple[float, float, float]:
     from nibabel.orientations import io_orientation
 
     spacing = spacing_of(affine)
-    axes = io_orientation(affine)[:, 0]  # type: ignore[no-untyped-call]
+    axes = io_orientation(affine)[:, 0]
     x, y, z = (spacing[int(np.flatnonzero(axes == anatomical)[0])] for anatomical in range(3))
     return x, y, z
 
