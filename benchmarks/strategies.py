@@ -34,6 +34,7 @@ from arms import FOLDS, POINT, held_back, markdown, names_of, note, parser_of, s
 from coordinator.rounds.events import Event, StageClosed
 from fedseg.evaluation.comparisons import MARGIN
 from fedseg.evaluation.estimates import estimate
+from fedseg.evaluation.validation import Estimate
 from fedseg.imaging.manifests import read_manifest
 from fedseg.learning.finetune import KINDS
 from fedseg.models.zoo import initial_model
@@ -62,9 +63,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "fedadam-0.003": {"strategy": "fedadam", "server_learning_rate": 0.003},
     "fedadam-0.01": {"strategy": "fedadam", "server_learning_rate": 0.01},
     "fedadam-0.03": {"strategy": "fedadam", "server_learning_rate": 0.03},
+    "fedadam-0.1": {"strategy": "fedadam", "server_learning_rate": 0.1},
     "fedyogi-0.003": {"strategy": "fedyogi", "server_learning_rate": 0.003},
     "fedyogi-0.01": {"strategy": "fedyogi", "server_learning_rate": 0.01},
     "fedyogi-0.03": {"strategy": "fedyogi", "server_learning_rate": 0.03},
+    "fedyogi-0.1": {"strategy": "fedyogi", "server_learning_rate": 0.1},
     "fedadagrad-0.03": {"strategy": "fedadagrad", "server_learning_rate": 0.03},
     "fedadagrad-0.1": {"strategy": "fedadagrad", "server_learning_rate": 0.1},
     "fedavg-sgd": {"sgd": 0.1},
@@ -332,18 +335,22 @@ def compared(results: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
             found = [ours[key] - theirs[key] for key in both]
             spread = statistics.stdev(found) if len(found) > 1 else 0.0
             difference = estimate(found)
-            low = difference.low
             yield {
                 "a": a,
                 "b": b,
                 "site": site,
                 "persons": len(found),
                 "mean": difference.mean,
-                "low": low,
+                "low": difference.low,
                 "high": difference.high,
                 "standardised": statistics.fmean(found) / spread if spread else None,
-                "said": "not worse" if low is not None and low > -MARGIN else "undecided",
+                "said": "equal" if not any(found) else said_of(difference),
             }
+
+
+def said_of(difference: Estimate) -> str:
+    """What an interval lets one say of the first of two arms."""
+    return "not worse" if difference.low is not None and difference.low > -MARGIN else "undecided"
 
 
 def _persons(results: Sequence[dict[str, Any]], arm: str) -> dict[tuple[str, str], float]:
