@@ -35,6 +35,7 @@ from coordinator.rounds.events import Event, StageClosed
 from fedseg.evaluation.comparisons import MARGIN
 from fedseg.evaluation.estimates import estimate
 from fedseg.evaluation.validation import Estimate
+from fedseg.imaging.cases import Manifest
 from fedseg.imaging.manifests import read_manifest
 from fedseg.learning.finetune import KINDS
 from fedseg.models.zoo import initial_model
@@ -172,7 +173,7 @@ def _result(run: Run) -> dict[str, Any]:
     options, arm = run.options, run.strategy
     plan = plan_of(arm, run.seed, options.rounds, options.steps)
     record, tensors = initial_model(plan)
-    manifest = read_manifest(options.data, plan.task, table=options.table)
+    manifest: Manifest = read_manifest(options.data, plan.task, table=options.table)
     manifest = manifest if run.part == "val" else held_back(manifest, int(run.part))
     whole = Federation(
         plan=plan.model_copy(update={"initial": record}),
