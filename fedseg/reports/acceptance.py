@@ -7,16 +7,13 @@ single file without a script that loads nothing; it shows patients and never lea
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fedseg.durable import write_atomically
 from fedseg.evaluation.validation import (
@@ -36,6 +33,7 @@ from fedseg.privacy.words import in_one_line, not_covered
 from fedseg.reports import acceptance_charts as charts
 from fedseg.reports import findings
 from fedseg.reports.figures import Overlay, label_colours, overlay_pictures
+from fedseg.reports.page import data_uri, environment
 
 ON_THE_FIRST_PAGE = 3
 SHOWN = 6
@@ -130,7 +128,7 @@ def write_acceptance(
         StorageError: it cannot be written; the page before it is untouched.
     """
     _require_one_story(result)
-    page = _environment().get_template("acceptance.html")
+    page = environment().get_template("acceptance.html")
     write_atomically(path, page.render(_content(result, overlays, plans or {})).encode())
 
 
@@ -190,19 +188,6 @@ def _require_one_story(result: ValidationResult) -> None:
     own = [check for check in verdict.checks if check.candidate == verdict.recommended]
     if not own or any(check.met != "met" for check in own):
         raise ValueError("a go needs thresholds, and every one of the recommended model to hold")
-
-
-def _environment() -> Environment:
-    """Templates beside this module, with everything escaped that is not markup of theirs."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": findings.number, "count": findings.count, "date": _date}
-    return environment
 
 
 def _content(
@@ -278,7 +263,7 @@ def _cases(result: ValidationResult, overlays: Sequence[Overlay]) -> list[Case]:
             pictures = overlay_pictures(
                 _annotated(overlay, result.labels.values()), result.labels, at_error=True
             )
-            plain, outlined = (_uri(picture, "jpeg") for picture in pictures)
+            plain, outlined = (data_uri(picture, "jpeg") for picture in pictures)
         found.append(Case(patient, plain, outlined))
     return found
 
@@ -369,17 +354,4 @@ def _amount(threshold: str, value: float | None) -> str:
 
 def _figure(svg: bytes, words: str) -> dict[str, str]:
     """A chart for the page."""
-    return {"uri": _uri(svg, "svg+xml"), "alt": words}
-
-
-def _uri(data: bytes, kind: str) -> str:
-    """A picture as a data URI."""
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _date(created: str) -> str:
-    """A time for people, or as it is where it is no ISO date."""
-    try:
-        return datetime.fromisoformat(created).strftime("%Y-%m-%d %H:%M %Z").strip()
-    except ValueError:
-        return created
+    return {"uri": data_uri(svg, "svg+xml"), "alt": words}

@@ -18,7 +18,7 @@ from fedseg.measures import Metric
 from fedseg.modelfile import ModelHeader
 from fedseg.plan import StudyPlan
 from fedseg.privacy.words import guessed_right, in_one_line, not_covered
-from fedseg.reports.crosssite import CrossSite, across, own_elsewhere, sentences
+from fedseg.reports.crosssite import CrossSite, Spread, across, own_elsewhere, sentences
 from fedseg.result import GuaranteeRecord, SiteAnswer, StageRecord, StudyResult
 from fedseg.task import Channel
 
@@ -44,20 +44,6 @@ class MeasuredSite(Frozen):
     patients: int | None
     means: dict[Metric, float]
     dice: dict[str, float | None]
-
-
-class Spread(Frozen):
-    """One metric over the hospitals that told it; see `fedseg.reports.crosssite.Spread`."""
-
-    metric: Metric
-    worst_site: str
-    worst: float
-    best_site: str
-    best: float
-    mean: float
-    deviation: float
-    gap: float
-    jain: float
 
 
 class ModelCard(Frozen):
@@ -160,7 +146,7 @@ def card_of_history(
         training=told,
         measured_after=found.round,
         measured=_measured(found, stages),
-        spread=tuple(Spread(**vars(spread)) for spread in found.spread),
+        spread=found.spread,
         findings=(*sentences(found), own_elsewhere(plan)),
         caveats=(*caveats, *_caveats(plan, simulated=simulated)),
         missing=tuple(missing),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import fmean, pstdev
 from typing import Literal
 
+from fedseg.frozen import Frozen
 from fedseg.measures import Metric
 from fedseg.plan import StudyPlan
 from fedseg.result import PatientScores, SiteAnswer, StageRecord, StudyResult, mean_of
@@ -44,8 +45,7 @@ class SiteScore:
     patients: int | None = None
 
 
-@dataclass(frozen=True)
-class Spread:
+class Spread(Frozen):
     """How differently one metric turns out at the hospitals; each counts once.
 
     Attributes:

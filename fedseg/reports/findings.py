@@ -113,7 +113,7 @@ def verdict(result: StudyResult) -> tuple[str, ...]:
     arm = result.arm("federated")
     if arm is None:
         return ("No shared model was measured in this study.",)
-    dice = estimate(list(_values(arm, "dice", None).values()))
+    dice = _mean(arm, "dice")
     if dice.mean is None:
         return (
             "The shared model was trained, but no held-back patient gave a Dice score: "
@@ -201,42 +201,42 @@ def _exceptions(dice: Table) -> tuple[str, ...]:
 
 def _over_initial(gain: Estimate, initial: Arm) -> str:
     """The shared model against what the study started from."""
-    start = estimate(list(_values(initial, "dice", None).values()))
+    start = _mean(initial, "dice")
     if gain.mean is None or start.mean is None:
         return "How much of that the initial model reached before any training is not known."
+    ends = "" if gain.low is None else f" ({interval(gain, signed=True)})"
     return (
         f"The initial model reached {number(start.mean)} before any training; the study added "
-        f"{number(gain.mean, signed=True)}{_ends(gain)}."
+        f"{number(gain.mean, signed=True)}{ends}."
     )
 
 
 def _fine_tuned(gain: Estimate, own: Arm) -> str:
     """What each hospital made of the shared model, against it."""
-    reached = estimate(list(_values(own, "dice", None).values()))
+    reached = _mean(own, "dice")
     if gain.mean is None or reached.mean is None:
         return "What fine-tuning at each hospital reached is not known."
-    ends = f", {interval(gain, signed=True)}" if gain.low is not None else ""
     return (
         f"Fine-tuned at each hospital on its own patients it reaches {number(reached.mean)} "
-        f"({number(gain.mean, signed=True)}{ends})."
+        f"({_signed(gain)})."
     )
 
 
 def _below_pooled(gap: Estimate, pooled: Arm) -> str:
     """How far the shared model is from training on all data in one place."""
-    top = estimate(list(_values(pooled, "dice", None).values()))
+    top = _mean(pooled, "dice")
     if top.mean is None or gap.mean is None:
         return "Training on all data in one place gave no score to compare with."
-    ends = f", {interval(gap, signed=True)}" if gap.low is not None else ""
     return (
         f"Training on all data in one place reached {number(top.mean)} "
-        f"(shared model against it: {number(gap.mean, signed=True)}{ends})."
+        f"(shared model against it: {_signed(gap)})."
     )
 
 
-def _ends(gain: Estimate) -> str:
-    """The interval of a difference in brackets, where there is one."""
-    return "" if gain.low is None else f" ({interval(gain, signed=True)})"
+def _signed(gain: Estimate) -> str:
+    """A difference, with its interval where there is one."""
+    ends = "" if gain.low is None else f", {interval(gain, signed=True)}"
+    return f"{number(gain.mean, signed=True)}{ends}"
 
 
 def _size(gain: Estimate) -> tuple[float, float, float]:
@@ -247,12 +247,17 @@ def _size(gain: Estimate) -> tuple[float, float, float]:
 
 def _row(arms: Sequence[Arm], metric: Metric, site: str | None, worst: bool) -> Row:
     """One line of a table; `site` None means all patients."""
-    cells = {arm.name: estimate(list(_values(arm, metric, site).values())) for arm in arms}
+    cells = {arm.name: _mean(arm, metric, site) for arm in arms}
     by_name = {arm.name: arm for arm in arms}
     gain = None
     if "federated" in by_name and "local" in by_name:
         gain = difference(by_name["federated"], by_name["local"], metric, site)
     return Row(site or "All patients", cells, gain, worst)
+
+
+def _mean(arm: Arm, metric: Metric, site: str | None = None) -> Estimate:
+    """One arm in one metric, of one site or of all."""
+    return estimate(list(_values(arm, metric, site).values()))
 
 
 def _values(arm: Arm, metric: Metric, site: str | None) -> dict[tuple[str, str], float]:

@@ -7,16 +7,13 @@ It shows images of patients and their identifiers: treat it like the data it was
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
-from datetime import datetime
 from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fedseg.aggregation.suspicions import NOISY
 from fedseg.durable import write_atomically
@@ -27,6 +24,7 @@ from fedseg.reports import crosssite, findings, traffic
 from fedseg.reports.charts import Curve, curve_chart, dice_chart
 from fedseg.reports.curves import ALL, points
 from fedseg.reports.figures import RANKS, Overlay, label_colours, overlay_pictures
+from fedseg.reports.page import data_uri, date, environment
 from fedseg.reports.privacy import privacy_of, sent
 from fedseg.result import StudyResult
 
@@ -63,26 +61,8 @@ def write_report(result: StudyResult, overlays: Sequence[Overlay], path: Path) -
     Raises:
         StorageError: it cannot be written; the page before it is untouched.
     """
-    page = _environment().get_template("study.html").render(_content(result, overlays))
-    write_atomically(path, page.encode())
-
-
-def _environment() -> Environment:
-    """Templates beside this module, with everything escaped that is not markup of theirs."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": findings.number,
-        "count": findings.count,
-        "bytes": _bytes,
-        "duration": _duration,
-    }
-    return environment
+    page = environment(bytes=_bytes, duration=_duration).get_template("study.html")
+    write_atomically(path, page.render(_content(result, overlays)).encode())
 
 
 def _content(result: StudyResult, overlays: Sequence[Overlay]) -> dict[str, Any]:
@@ -119,7 +99,7 @@ def _content(result: StudyResult, overlays: Sequence[Overlay]) -> dict[str, Any]
         "settings": _settings(result),
         "partial": _partial(result),
         "parameters": _parameters(result),
-        "started": _date(result.run.started),
+        "started": date(result.run.started),
     }
 
 
@@ -131,7 +111,7 @@ def _dice_chart(result: StudyResult) -> str | None:
             if patient.mean_dice is not None:
                 by_arm = values.setdefault(patient.site, {})
                 by_arm.setdefault(name, []).append(patient.mean_dice)
-    return _uri(dice_chart(values), "svg+xml") if any(values.values()) else None
+    return data_uri(dice_chart(values), "svg+xml") if any(values.values()) else None
 
 
 def _across(result: StudyResult) -> dict[str, Any] | None:
@@ -176,7 +156,7 @@ def _curve_charts(result: StudyResult) -> list[dict[str, str]]:
                 f"{findings.number(mean.values[-1])} in round {mean.rounds[-1]}."
             )
             svg = curve_chart(curves, label)
-            charts.append({"uri": _uri(svg, "svg+xml"), "title": title, "alt": alt})
+            charts.append({"uri": data_uri(svg, "svg+xml"), "title": title, "alt": alt})
     return charts
 
 
@@ -193,8 +173,8 @@ def _overlay_groups(
             shown.append(
                 {
                     "overlay": overlay,
-                    "plain": _uri(plain, "jpeg"),
-                    "outlined": _uri(outlined, "jpeg"),
+                    "plain": data_uri(plain, "jpeg"),
+                    "outlined": data_uri(outlined, "jpeg"),
                 }
             )
         groups.append((site, shown))
@@ -283,11 +263,6 @@ def _parameters(result: StudyResult) -> int | None:
     return sum(prod(tensor.shape) for tensor in initial.tensors)
 
 
-def _uri(data: bytes, kind: str) -> str:
-    """A picture as a data URI."""
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
 def _bytes(size: int) -> str:
     """A size in decimal units: 950 B, 4.9 MB."""
     amount, units = float(size), ["B", "kB", "MB", "GB", "TB"]
@@ -304,11 +279,3 @@ def _duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def _date(started: str) -> str:
-    """The start as a date with hour, or as it is where it is no ISO date."""
-    try:
-        return datetime.fromisoformat(started).strftime("%Y-%m-%d %H:%M %Z").strip()
-    except ValueError:
-        return started
