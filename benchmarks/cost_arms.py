@@ -275,7 +275,8 @@ def _fedseg(work: Path, out: Path, engine: str) -> Said:
     import logging
 
     from coordinator.rounds.events import StageOpened
-    from fedseg.simulation.federation import Federation, run_federation
+    from fedseg.simulation.federation import Federation
+    from fedseg.simulation.running import run_federation
 
     logging.getLogger("flwr").setLevel(logging.WARNING)
     plan, initial, cohorts = _study(work)

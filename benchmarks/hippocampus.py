@@ -32,7 +32,8 @@ from fedseg.models.zoo import initial_model
 from fedseg.plan import StudyPlan, parse_plan
 from fedseg.planfile import example
 from fedseg.simulation.baselines import alone, pooled
-from fedseg.simulation.federation import Federation, Finished, run_federation
+from fedseg.simulation.federation import Federation
+from fedseg.simulation.running import Finished, run_federation
 from fedseg.simulation.scoring import Scorer, released
 
 ARMS = ("pooled", "local", "fedavg", "fedprox")

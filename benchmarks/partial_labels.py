@@ -33,8 +33,9 @@ from fedseg.imaging.manifests import read_manifest
 from fedseg.models.zoo import initial_model
 from fedseg.plan import StudyPlan, parse_plan
 from fedseg.planfile import example
-from fedseg.simulation.federation import Federation, run_federation
+from fedseg.simulation.federation import Federation
 from fedseg.simulation.partial import withheld
+from fedseg.simulation.running import run_federation
 from fedseg.simulation.scoring import Scorer, released
 from fedseg.task import Task
 

@@ -39,8 +39,9 @@ from fedseg.plan import StudyPlan, parse_plan
 from fedseg.planfile import example
 from fedseg.result import StageRecord
 from fedseg.simulation.attacks import ATTACKS
-from fedseg.simulation.federation import Federation, run_federation
+from fedseg.simulation.federation import Federation
 from fedseg.simulation.rehearsal import Fault
+from fedseg.simulation.running import run_federation
 from fedseg.simulation.scoring import Scorer, released
 
 HOSPITALS, LIARS = 10, 2

@@ -44,7 +44,8 @@ from fedseg.plan import StudyPlan, parse_plan
 from fedseg.planfile import example
 from fedseg.privacy.schedule import calibrated
 from fedseg.simulation.baselines import pooled
-from fedseg.simulation.federation import Federation, run_federation
+from fedseg.simulation.federation import Federation
+from fedseg.simulation.running import run_federation
 from fedseg.simulation.scoring import Scorer, released
 
 EPSILONS, DELTAS = (8, 3, 1), ("1e-3", "1e-5")

@@ -27,7 +27,8 @@ from fedseg.imaging.manifests import read_manifest
 from fedseg.modelfile import load_model
 from fedseg.models.zoo import initial_model, readapted
 from fedseg.plan import StudyPlan
-from fedseg.simulation.federation import Federation, run_federation
+from fedseg.simulation.federation import Federation
+from fedseg.simulation.running import run_federation
 from fedseg.simulation.scoring import Scorer, released
 
 PARTS: dict[str, tuple[str, dict[str, Any] | None]] = {

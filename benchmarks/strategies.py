@@ -43,8 +43,9 @@ from fedseg.plan import StudyPlan, parse_plan
 from fedseg.planfile import example
 from fedseg.result import PatientScores, StageRecord, mean_of, weighted_mean
 from fedseg.simulation.baselines import alone, pooled
-from fedseg.simulation.federation import Federation, Finished, run_federation
+from fedseg.simulation.federation import Federation
 from fedseg.simulation.finetuning import SIMULATED, OwnModels, finetune_everywhere
+from fedseg.simulation.running import Finished, run_federation
 from fedseg.simulation.scoring import Scorer, released, used_at
 
 BASELINES = ("pooled", "local")

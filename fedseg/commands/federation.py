@@ -121,7 +121,8 @@ def _conclude(
     from fedseg.modelfile import load_model
     from fedseg.planfile import load_initial
     from fedseg.simulation.federation import site_folder
-    from fedseg.simulation.study import Options, simulate
+    from fedseg.simulation.options import Options
+    from fedseg.simulation.study import simulate
 
     study = deployment.plan.study
     file = f"models/{study}.safetensors"

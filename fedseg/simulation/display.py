@@ -14,7 +14,7 @@ from rich.table import Table
 from coordinator.rounds.events import SiteAnswered, SiteFailed, StageClosed, StageOpened
 from fedseg.plan import StudyPlan
 from fedseg.privacy.words import in_one_line, outputs_of
-from fedseg.simulation.study import Progress as StudyProgress
+from fedseg.simulation.options import Progress as StudyProgress
 
 
 class Display:

@@ -47,7 +47,8 @@ from fedseg.planfile import load_initial
 from fedseg.security.keys import VerifyKey
 from fedseg.simulation.deployment import Deployment, free_ports
 from fedseg.simulation.hospitals import divide
-from fedseg.simulation.study import Options, simulate
+from fedseg.simulation.options import Options
+from fedseg.simulation.study import simulate
 from fedseg.sole import holder
 
 SITES = ("hospital_a", "hospital_b", "hospital_c")

@@ -10,7 +10,7 @@ from tiny_studies import fedseg, tiny_plan, write_plan
 
 from fedseg.result import StudyResult, load_result
 from fedseg.simulation import simulate
-from fedseg.simulation.study import Progress
+from fedseg.simulation.options import Progress
 
 NIFTI = (
     "image_without_label",

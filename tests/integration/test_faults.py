@@ -15,8 +15,9 @@ from fedseg.errors import PlanError, RoundError
 from fedseg.plan import StudyPlan
 from fedseg.result import StageRecord, load_result
 from fedseg.simulation import Options, simulate
-from fedseg.simulation.federation import Federation, run_federation
+from fedseg.simulation.federation import Federation
 from fedseg.simulation.rehearsal import Broken, Fault, Kind, parse_fault
+from fedseg.simulation.running import run_federation
 
 CODES: dict[Kind, str] = {
     "crash": "crashed",

@@ -15,7 +15,7 @@ from fedseg.modelfile import load_model
 from fedseg.planfile import build, write_example
 from fedseg.result import StudyResult
 from fedseg.simulation import Options, simulate
-from fedseg.simulation.study import Progress
+from fedseg.simulation.options import Progress
 
 SETTINGS = Finetuning(steps=9, check_every=3, patience=3, learning_rate=0.02)
 PLAN = tiny_plan(aggregation={"rounds": 2})

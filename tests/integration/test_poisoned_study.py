@@ -15,8 +15,9 @@ from fedseg.errors import PlanError
 from fedseg.imaging.phantoms import write_phantoms
 from fedseg.simulation import Options, simulate
 from fedseg.simulation.attacks import ATTACKS
-from fedseg.simulation.federation import Federation, Finished, run_federation
+from fedseg.simulation.federation import Federation
 from fedseg.simulation.rehearsal import Fault, parse_fault
+from fedseg.simulation.running import Finished, run_federation
 
 MEDIAN = {"combine": {"rule": "median"}, "weighting": "uniform", "rounds": 4, "minimum_sites": 5}
 LIARS = ("hospital_a", "hospital_d")

@@ -25,7 +25,7 @@ from fedseg.plan import StudyPlan
 from fedseg.reports.card import ModelCard
 from fedseg.result import StudyResult, load_result, mean_of
 from fedseg.simulation import Options, simulate
-from fedseg.simulation.federation import run_federation
+from fedseg.simulation.running import run_federation
 
 Undisturbed = tuple[Path, StudyResult]
 

@@ -15,7 +15,8 @@ from fedseg.modelfile import load_model
 from fedseg.models.parts import NORMS
 from fedseg.models.zoo import build_network
 from fedseg.plan import StudyPlan
-from fedseg.simulation.federation import Federation, Finished, run_federation, site_folder
+from fedseg.simulation.federation import Federation, site_folder
+from fedseg.simulation.running import Finished, run_federation
 from fedseg.simulation.scoring import used_at
 from sites.state import Memories
 
