@@ -34,7 +34,7 @@ from arms import FOLDS, POINT, held_back, markdown, names_of, note, parser_of, s
 from coordinator.rounds.events import Event, StageClosed
 from fedseg.evaluation.comparisons import MARGIN
 from fedseg.evaluation.estimates import estimate
-from fedseg.evaluation.validation import Estimate
+from fedseg.evaluation.evidence import Estimate
 from fedseg.imaging.cases import Manifest
 from fedseg.imaging.manifests import read_manifest
 from fedseg.learning.finetune import KINDS

@@ -28,9 +28,10 @@ from fedseg.evaluation.measuring import (
     patient_of,
     reliability_of,
 )
+from fedseg.evaluation.observations import PatientValidation
 from fedseg.evaluation.thresholds import Thresholds
 from fedseg.evaluation.validating import Setting, validated
-from fedseg.evaluation.validation import Candidate, PatientValidation, ValidationResult
+from fedseg.evaluation.validation import Candidate, ValidationResult
 from fedseg.imaging.cache import CaseCache
 from fedseg.learning.repeatable import repeatable
 from fedseg.modelfile import ModelHeader, load_model

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from fedseg.evaluation.estimates import FEWEST, LEVEL
-from fedseg.evaluation.validation import Agreement, Estimate
+from fedseg.evaluation.evidence import Agreement, Estimate
 
 LIMIT = 1.96
 

@@ -10,19 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from statistics import fmean
-from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from fedseg.evaluation.estimates import estimate
-from fedseg.evaluation.validation import Calibration, ReliabilityBin
-from fedseg.frozen import Frozen, NotNegative
+from fedseg.evaluation.evidence import Calibration, ReliabilityBin
+from fedseg.frozen import Frozen, Natural, NotNegative
 
 BINS = 10
 EDGES = tuple(i / BINS for i in range(BINS + 1))
-Natural = Annotated[int, Field(ge=0)]
 
 
 class BinCount(Frozen):

@@ -20,14 +20,8 @@ import numpy as np
 from scipy import stats
 
 from fedseg.evaluation.estimates import FEWEST, estimate
-from fedseg.evaluation.validation import (
-    Comparison,
-    Estimate,
-    LabelScores,
-    Measure,
-    Outcome,
-    PatientValidation,
-)
+from fedseg.evaluation.evidence import Comparison, Estimate, Measure, Outcome
+from fedseg.evaluation.observations import LabelScores, PatientValidation
 
 MARGIN = 0.005
 SIGNIFICANT = 0.05

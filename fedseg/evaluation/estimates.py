@@ -13,8 +13,8 @@ from math import sqrt
 
 from scipy import stats
 
+from fedseg.evaluation.evidence import Estimate
 from fedseg.evaluation.statistics import mean_with_interval
-from fedseg.evaluation.validation import Estimate
 
 FEWEST = 6
 LEVEL = 0.95

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from fedseg.evaluation.lesions import components
-from fedseg.evaluation.validation import Failure
+from fedseg.evaluation.observations import Failure
 
 WILD_RATIO = 3.0
 FAR_MM = 20.0

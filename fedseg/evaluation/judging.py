@@ -18,17 +18,9 @@ from math import inf
 
 from fedseg.evaluation.comparisons import DECISIVE, turned
 from fedseg.evaluation.estimates import FEWEST
+from fedseg.evaluation.evidence import Agreement, Comparison, Estimate, Summary
 from fedseg.evaluation.thresholds import Thresholds
-from fedseg.evaluation.validation import (
-    Agreement,
-    Check,
-    Comparison,
-    Decision,
-    Estimate,
-    Met,
-    Summary,
-    Verdict,
-)
+from fedseg.evaluation.validation import Check, Decision, Met, Verdict
 
 SIMPLEST_FIRST = ("global", "local", "own", "finetuned", "pooled", "initial")
 SHOWN = ("better", "not worse")

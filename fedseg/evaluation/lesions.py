@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from fedseg.evaluation.validation import Detection
+from fedseg.evaluation.observations import Detection
 
 OVERLAP = 0.1
 Mask = NDArray[np.bool_]

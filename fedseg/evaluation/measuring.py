@@ -32,7 +32,7 @@ from fedseg.evaluation.failures import failures_of
 from fedseg.evaluation.inference import predict_with_confidence
 from fedseg.evaluation.lesions import detect, summed
 from fedseg.evaluation.metrics import score_case
-from fedseg.evaluation.validation import Failure, LabelScores, PatientValidation
+from fedseg.evaluation.observations import Failure, LabelScores, PatientValidation
 from fedseg.frozen import Digest, Frozen, NotNegative
 from fedseg.imaging.cache import CaseCache
 from fedseg.imaging.cases import Case, Cohort

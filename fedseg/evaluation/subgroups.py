@@ -10,7 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 
 from fedseg.evaluation.estimates import estimate
-from fedseg.evaluation.validation import PatientValidation, Subgroup
+from fedseg.evaluation.evidence import Subgroup
+from fedseg.evaluation.observations import PatientValidation
 
 UNKNOWN, SEVERAL = "unknown", "several"
 AGES = ((18, "under 18"), (40, "18 to 39"), (60, "40 to 59"), (75, "60 to 74"))

@@ -8,16 +8,9 @@ from statistics import median
 
 from fedseg.evaluation.agreement import volume_agreement
 from fedseg.evaluation.estimates import estimate, share
+from fedseg.evaluation.evidence import Agreement, Estimate, LabelSummary, Summary
 from fedseg.evaluation.lesions import precision, sensitivity, summed
-from fedseg.evaluation.validation import (
-    Agreement,
-    Estimate,
-    FailureKind,
-    LabelScores,
-    LabelSummary,
-    PatientValidation,
-    Summary,
-)
+from fedseg.evaluation.observations import FailureKind, LabelScores, PatientValidation
 
 
 def summarise(candidate: str, patients: Sequence[PatientValidation]) -> Summary:

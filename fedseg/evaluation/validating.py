@@ -11,19 +11,13 @@ from dataclasses import dataclass, field
 from fedseg.evaluation.calibration import Reliability, calibration
 from fedseg.evaluation.comparisons import DECISIVE, MARGIN, compare
 from fedseg.evaluation.estimates import FEWEST
+from fedseg.evaluation.evidence import Comparison, Subgroup, Summary
 from fedseg.evaluation.judging import judge
+from fedseg.evaluation.observations import PatientValidation
 from fedseg.evaluation.subgroups import subgroups
 from fedseg.evaluation.summaries import agreements, summarise
 from fedseg.evaluation.thresholds import Thresholds
-from fedseg.evaluation.validation import (
-    Candidate,
-    Comparison,
-    PatientValidation,
-    Split,
-    Subgroup,
-    Summary,
-    ValidationResult,
-)
+from fedseg.evaluation.validation import Candidate, Split, ValidationResult
 
 FEW = 20
 

@@ -16,17 +16,9 @@ from typing import Any
 import numpy as np
 
 from fedseg.durable import write_atomically
-from fedseg.evaluation.validation import (
-    Candidate,
-    Check,
-    Decision,
-    Failure,
-    FailureKind,
-    Measure,
-    Met,
-    PatientValidation,
-    ValidationResult,
-)
+from fedseg.evaluation.evidence import Measure
+from fedseg.evaluation.observations import Failure, FailureKind, PatientValidation
+from fedseg.evaluation.validation import Candidate, Check, Decision, Met, ValidationResult
 from fedseg.modelfile import FINETUNED
 from fedseg.plan import StudyPlan
 from fedseg.privacy.words import in_one_line, not_covered

@@ -14,14 +14,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fedseg.evaluation.validation import (
-    Agreement,
-    Calibration,
-    Comparison,
-    Estimate,
-    PatientValidation,
-    ValidationResult,
-)
+from fedseg.evaluation.evidence import Agreement, Calibration, Comparison, Estimate
+from fedseg.evaluation.observations import PatientValidation
+from fedseg.evaluation.validation import ValidationResult
 from fedseg.reports.charts import INK, RULE, drawing_style, short_name, svg_of
 
 COLOURS = ("#0b5f9e", "#b4630a", "#1f7a56", "#7a3e9d", "#6b7280", "#a33b63")

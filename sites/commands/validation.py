@@ -21,8 +21,9 @@ from sites.commands.options import HERE, SiteOption
 from sites.folder import SiteFolder, as_owner_of, make_folder
 
 if TYPE_CHECKING:
+    from fedseg.evaluation.evidence import Estimate
     from fedseg.evaluation.thresholds import Thresholds
-    from fedseg.evaluation.validation import Estimate, ValidationResult
+    from fedseg.evaluation.validation import ValidationResult
     from sites.heldback import House
     from sites.policy import Policy
     from sites.validating import Entrant

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fedseg.evaluation.validation import Failure, LabelScores, PatientValidation
+from fedseg.evaluation.observations import Failure, LabelScores, PatientValidation
 
 EMPTY = Failure(label="head", kind="empty", reason="no head was predicted")
 

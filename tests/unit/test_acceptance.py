@@ -17,7 +17,8 @@ from test_pages import CHROMIUM, QUIET
 from test_report import Page
 from validation_results import estimate, make_pictures, make_validation
 
-from fedseg.evaluation.validation import Subgroup, ValidationResult
+from fedseg.evaluation.evidence import Subgroup
+from fedseg.evaluation.validation import ValidationResult
 from fedseg.reports.acceptance import (
     _annotated,
     check_lines,

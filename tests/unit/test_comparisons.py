@@ -18,7 +18,7 @@ from fedseg.evaluation.comparisons import (
     turned,
     volume_error_percent,
 )
-from fedseg.evaluation.validation import Comparison, Estimate, Outcome
+from fedseg.evaluation.evidence import Comparison, Estimate, Outcome
 
 BASE = [0.80, 0.82, 0.85, 0.78, 0.90, 0.88, 0.86, 0.83, 0.79, 0.87]
 

@@ -11,9 +11,10 @@ from small_validations import EMPTY, patient, patients
 
 from fedseg.evaluation.comparisons import compare
 from fedseg.evaluation.judging import judge
+from fedseg.evaluation.observations import PatientValidation
 from fedseg.evaluation.summaries import agreements, summarise
 from fedseg.evaluation.thresholds import Thresholds
-from fedseg.evaluation.validation import PatientValidation, Verdict
+from fedseg.evaluation.validation import Verdict
 
 BASE = np.linspace(0.80, 0.92, 12)
 JITTER = np.array([0.001, -0.001] * 6)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fedseg.evaluation.lesions import components, detect, precision, sensitivity, summed
-from fedseg.evaluation.validation import Detection
+from fedseg.evaluation.observations import Detection
 
 SMALL = arrays(np.bool_, (5, 4, 3), elements=st.booleans())
 

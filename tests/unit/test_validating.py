@@ -10,11 +10,12 @@ from pydantic import ValidationError
 from small_validations import EMPTY, patient, patients
 
 from fedseg.evaluation.calibration import reliability
+from fedseg.evaluation.observations import Detection
 from fedseg.evaluation.subgroups import subgroups, value_of
 from fedseg.evaluation.summaries import summarise
 from fedseg.evaluation.thresholds import Thresholds
 from fedseg.evaluation.validating import Setting, validated
-from fedseg.evaluation.validation import Candidate, Detection, ValidationResult
+from fedseg.evaluation.validation import Candidate, ValidationResult
 
 BASE = np.linspace(0.80, 0.92, 12).tolist()
 VOXELS = reliability(np.array([0.95, 0.65]), np.array([True, False]), np.ones(2, bool))

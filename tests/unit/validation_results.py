@@ -9,26 +9,20 @@ from typing import Any
 import numpy as np
 from study_results import make_overlay, make_plan
 
-from fedseg.evaluation.statistics import mean_with_interval
-from fedseg.evaluation.thresholds import Thresholds
-from fedseg.evaluation.validation import (
+from fedseg.evaluation.evidence import (
     Agreement,
     Calibration,
-    Candidate,
-    Check,
     Comparison,
-    Detection,
     Estimate,
-    Failure,
-    LabelScores,
     LabelSummary,
-    PatientValidation,
     ReliabilityBin,
     Subgroup,
     Summary,
-    ValidationResult,
-    Verdict,
 )
+from fedseg.evaluation.observations import Detection, Failure, LabelScores, PatientValidation
+from fedseg.evaluation.statistics import mean_with_interval
+from fedseg.evaluation.thresholds import Thresholds
+from fedseg.evaluation.validation import Candidate, Check, ValidationResult, Verdict
 from fedseg.reports.figures import Overlay
 
 LABELS = {"anterior": 1, "posterior": 2}
