@@ -7,6 +7,7 @@ import typer
 from fedseg.shell import run
 from sites import check, doctor
 from sites.commands import (
+    alone,
     audit,
     control,
     egress,
@@ -40,6 +41,7 @@ app.command("resume", epilog="Example:  fedseg-site resume")(control.resume)
 app.command("stop", epilog="Example:  fedseg-site stop")(control.stop)
 app.command("trainer", epilog="Example:  fedseg-site trainer --site SITEDIR")(control.trainer)
 app.command("relay", epilog="Example:  fedseg-site relay lung --site SITEDIR")(control.relay)
+app.command("train-local", epilog=alone.TRAIN_EPILOG)(alone.train_local)
 app.command("finetune", epilog=finetuning.FINETUNE_EPILOG)(finetuning.finetune)
 app.command("models", epilog=models.MODELS_EPILOG)(models.models)
 app.command("accept", epilog=models.ACCEPT_EPILOG)(models.accept)

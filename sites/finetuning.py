@@ -9,83 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 from fedseg.errors import DataError
 from fedseg.imaging.cache import CaseCache
-from fedseg.imaging.cases import Cohort
 from fedseg.learning.finetune import Finetuning, State
 from fedseg.learning.finetuned import Finetuned, finetune_to_the_end, save_finetuned
 from fedseg.learning.stopping import Division, divided
 from fedseg.modelfile import load_model
 from fedseg.models.devices import require_device
-from fedseg.plan import StudyPlan
-from sites.approval import frozen_record
 from sites.audit import record, utc_now
-from sites.cohort import Progress, choose_cohort, recorded_cohort
 from sites.folder import as_owner_of
-from sites.heldback import House, less_withdrawn
+from sites.heldback import House
+from sites.own_patients import Patients
 from sites.patients import PreparedPatients
 
 UNFINISHED = ".unfinished"
 VAIN = "finetuned_in_vain"
-
-
-@dataclass(frozen=True)
-class Patients:
-    """Whom a model may be fine-tuned on.
-
-    Attributes:
-        cohort: usable cases, all splits.
-        fingerprint: of the data.
-        withdrawn: patients who were left out because they withdrew.
-    """
-
-    cohort: Cohort
-    fingerprint: str
-    withdrawn: int = 0
-
-
-def approved_patients(owner: House, plan: StudyPlan) -> Patients:
-    """The cohort that was approved with a study's plan, less who withdrew.
-
-    Raises:
-        DataError: nothing is approved for this plan here, or the data changed since.
-        TrustError: approval or ledger were edited.
-    """
-    folder = owner.folder
-    found = frozen_record(folder, plan.study, plan.digest)
-    if found is None:
-        raise DataError(
-            f"no data are approved here for the plan of {plan.study} that this model was trained "
-            "by: name the hospital's data with --data DIR"
-        )
-    cohort = recorded_cohort(folder.record.name, plan, found)
-    return _without_withdrawn(owner, Patients(cohort, found.fingerprint))
-
-
-def patients_in(
-    data: Path,
-    plan: StudyPlan,
-    *,
-    owner: House | None,
-    table: str | None,
-    row: str | None,
-    progress: Progress,
-) -> Patients:
-    """The usable cases of a data folder; at a site, less who withdrew.
-
-    Args:
-        row: what the data call this site, where they name several.
-
-    Raises:
-        DataError: the folder cannot be read, does not fit the plan's task, or leaves nobody.
-    """
-    name = owner.folder.record.name if owner else row or "here"
-    chosen = choose_cohort(name, plan, data, table=table, row=row, progress=progress)
-    found = Patients(chosen.cohort, chosen.record.fingerprint)
-    return found if owner is None else _without_withdrawn(owner, found)
 
 
 def finetune_here(
@@ -184,10 +124,3 @@ def _audit(
         training_patients=len(parts.training.patients),
         stopping_patients=len(parts.stopping.patients),
     )
-
-
-def _without_withdrawn(owner: House, patients: Patients) -> Patients:
-    """The patients less those who withdrew."""
-    left = less_withdrawn(owner, patients.cohort)
-    gone = len(patients.cohort.patients) - len(left.patients)
-    return Patients(left, patients.fingerprint, gone)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from fedseg.learning.finetuned import Finetuned
     from fedseg.learning.stopping import Division
     from fedseg.plan import StudyPlan
-    from sites.finetuning import Patients
     from sites.heldback import House
+    from sites.own_patients import Patients
 
 FINETUNE_EPILOG = """
 Examples:
@@ -143,7 +143,7 @@ def _patients(
     owner: House | None, plan: StudyPlan, data: Path | None, table: str | None, row: str | None
 ) -> Patients:
     """Whom to train on."""
-    from sites.finetuning import approved_patients, patients_in
+    from sites.own_patients import approved_patients, patients_in
 
     if data is not None:
         return patients_in(

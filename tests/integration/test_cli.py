@@ -50,6 +50,7 @@ COMMANDS = [
     ("sites", "stop"),
     ("sites", "trainer"),
     ("sites", "relay"),
+    ("sites", "train-local"),
     ("sites", "finetune"),
     ("sites", "models"),
     ("sites", "accept"),
