@@ -154,19 +154,18 @@ def open_task(data: Buffer, plan: StudyPlan) -> tuple[TaskHeader, dict[str, NDAr
         TrustError: oversized or malformed, of another study or plan, of a round or attempt that the
             plan does not have, or the model is not the one that the header names.
     """
-    header, arrays = _open_task(data, plan)
-    model = {name: array for name, array in arrays.items() if not name.startswith(CONTROL)}
+    header, model, _ = open_controlled_task(data, plan)
     return header, model
 
 
-def control_of(data: Buffer, plan: StudyPlan) -> dict[str, NDArray[Any]]:
-    """The server's control variate in a task that `open_task` has opened; empty without one."""
-    _, arrays = _open_task(data, plan)
-    return _unprefixed(arrays)
+def open_controlled_task(
+    data: Buffer, plan: StudyPlan
+) -> tuple[TaskHeader, dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+    """As `open_task`, with the server's control variate beside the model; empty without one.
 
-
-def _open_task(data: Buffer, plan: StudyPlan) -> tuple[TaskHeader, dict[str, NDArray[Any]]]:
-    """The header and all tensors, checked against their digests."""
+    Raises:
+        TrustError: as `open_task`, or the control variate is not the one that the header names.
+    """
     limit = task_limit(plan)
     header = peek(data, TaskHeader, max_bytes=limit)
     if (header.study, header.plan) != (plan.study, plan.digest):
@@ -182,7 +181,7 @@ def _open_task(data: Buffer, plan: StudyPlan) -> tuple[TaskHeader, dict[str, NDA
         raise TrustError("the task's model is not the one that its header names")
     if (digest_of(control) if control else None) != header.control:
         raise TrustError("the task's control variate is not the one that its header names")
-    return header, arrays
+    return header, model, control
 
 
 def _prefixed(control: Arrays) -> dict[str, Any]:

@@ -60,8 +60,7 @@ from fedseg.updates import (
     Refused,
     TaskHeader,
     Trained,
-    control_of,
-    open_task,
+    open_controlled_task,
     seal_answer,
     task_digest,
 )
@@ -153,7 +152,7 @@ class Trainer:
 
     def _work(self, task: Buffer) -> tuple[Body, Arrays | None]:
         """Open a task and do what its stage asks for."""
-        header, model = open_task(task, self._plan)
+        header, model, control = open_controlled_task(task, self._plan)
         if self._plan.private is not None:
             self._paid.acknowledge(header.heads.get(self._cohort.site))
         if header.stage == "enlist":
@@ -164,7 +163,7 @@ class Trainer:
             return self._privately(header, model)
         if header.stage == "evaluate":
             return self._permitted(self._evaluate(header, model)), None
-        body, delta = self._train(header, model, control_of(task, self._plan))
+        body, delta = self._train(header, model, control)
         return self._permitted(body), delta
 
     def _privately(self, header: TaskHeader, model: Arrays) -> tuple[Body, Arrays | None]:

@@ -98,7 +98,7 @@ def clipped_total(
         ValueError: a patient's samples lie in two parts.
     """
     promise = promise_of(plan)
-    total = zero_sum(network)
+    total: ClippedSum | None = None
     for batch, patients in parts:
         part = clipped_sum(
             network,
@@ -110,8 +110,8 @@ def clipped_total(
             method=method,
             samples_at_once=samples_at_once,
         )
-        total = merge([total, part])
-    return total
+        total = part if total is None else merge([total, part])
+    return zero_sum(network) if total is None else total
 
 
 def private_mean(total: ClippedSum, plan: StudyPlan, noise: Noise) -> dict[str, Tensor]:

@@ -18,9 +18,11 @@ from fedseg.imaging.transforms import PreparedCase
 from fedseg.learning.augment import augment, margin_of
 from fedseg.learning.local import RoundOutcome
 from fedseg.learning.losses import dice_ce_per_patient
+from fedseg.learning.persample.clipped import clipped_sum
 from fedseg.learning.persample.memory import choose
 from fedseg.learning.private import (
     MEMORY_BYTES,
+    clipped_total,
     prepare,
     private_gradient,
     train_round_privately,
@@ -103,6 +105,34 @@ def patches_of(plan: StudyPlan, name: str, step: int) -> Iterator[tuple[Tensor, 
 
 def double_loss(logits: Tensor, target: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits, target, reduction="none").flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 4])
+def test_a_draw_in_parts_is_the_sum_of_its_parts_in_their_order(count: int) -> None:
+    plan = private_plan(2, promise={"clip_norm": 0.05})
+    network = build_network(plan.model, plan.task)
+    chance = torch.Generator().manual_seed(3)
+    parts = []
+    for i in range(count):
+        images = torch.randn(3, 1, 8, 8, generator=chance)
+        labels = torch.randint(2, (3, 8, 8), generator=chance)
+        parts.append(((images, labels), torch.tensor([9 - 2 * i, 8 - 2 * i, 9 - 2 * i])))
+    found = clipped_total(network, double_loss, parts, plan)
+    expected = {name: torch.zeros_like(p) for name, p in network.named_parameters()}
+    for batch, who in parts:
+        for name, part in clipped_sum(network, double_loss, batch, who, 0.05).sum.items():
+            expected[name] += part
+    assert found.sum.keys() == expected.keys()
+    assert all(torch.equal(found.sum[name], expected[name]) for name in expected)
+    assert found.patients.tolist() == list(range(10 - 2 * count, 10))
+    assert len(found.norms) == 2 * count
+
+
+def test_a_patient_in_two_parts_of_a_draw_is_refused() -> None:
+    plan = private_plan(2)
+    part = ((torch.randn(1, 1, 8, 8), torch.zeros(1, 8, 8).long()), torch.tensor([4]))
+    with pytest.raises(ValueError, match="twice the clip"):
+        clipped_total(build_network(plan.model, plan.task), double_loss, [part, part], plan)
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])

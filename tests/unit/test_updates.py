@@ -14,6 +14,7 @@ from small_plans import answer, body_of, built_plan, tiny_model
 
 from fedseg.arrays import digest_of, seed_for
 from fedseg.container import unpack
+from fedseg.errors import TrustError
 from fedseg.plan import StudyPlan
 from fedseg.updates import (
     AnswerError,
@@ -27,6 +28,7 @@ from fedseg.updates import (
     answer_limit,
     answer_schema,
     open_answer,
+    open_controlled_task,
     open_task,
     seal_answer,
     seal_task,
@@ -57,6 +59,23 @@ def test_a_task_opens_to_what_was_sealed(stage: str) -> None:
     assert header.stage == stage
     assert digest_of(model) == (digest_of(tiny_model()) if stage != "enlist" else digest_of({}))
     assert len(data) <= task_limit(PLAN)
+
+
+def test_a_scaffold_task_opens_to_model_and_control_each_as_the_header_names_it() -> None:
+    sgd = {"name": "sgd", "momentum": 0.0}
+    plan = built_plan(aggregation__strategy="scaffold", training__optimiser=sgd)
+    model, control = tiny_model(), tiny_model(7)
+    header = TaskHeader(
+        study=plan.study, plan=plan.digest, round=1, stage="train", attempt=1,
+        model=digest_of(model), control=digest_of(control),
+    )  # fmt: skip
+    opened, *found = open_controlled_task(seal_task(header, model, control), plan)
+    assert opened == header
+    assert [digest_of(each) for each in found] == [digest_of(model), digest_of(control)]
+    with pytest.raises(TrustError, match="control variate is not the one"):
+        open_controlled_task(seal_task(header, model, model), plan)
+    with pytest.raises(TrustError, match="model is not the one"):
+        open_controlled_task(seal_task(header, control, control), plan)
 
 
 def test_a_task_is_read_where_it_lies_without_a_copy(tmp_path: Path) -> None:

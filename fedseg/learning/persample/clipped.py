@@ -118,6 +118,8 @@ def zero_sum(network: nn.Module) -> ClippedSum:
 def merge(parts: Sequence[ClippedSum]) -> ClippedSum:
     """Add up the sums of several devices, on the first one's; noise is added once, afterwards.
 
+    No part is changed; the sum of one part alone shares its tensors.
+
     Raises:
         ValueError: a patient is in two of them, so that it was clipped twice.
     """
@@ -125,10 +127,9 @@ def merge(parts: Sequence[ClippedSum]) -> ClippedSum:
     if len(torch.unique(patients)) != len(patients):
         raise ValueError("a patient's samples lie on two devices: its norm would be twice the clip")
     order = patients.argsort()
-    total = {name: tensor.clone() for name, tensor in parts[0].sum.items()}
+    total = parts[0].sum
     for part in parts[1:]:
-        for name, tensor in part.sum.items():
-            total[name] += tensor.to(total[name].device)
+        total = {name: own + part.sum[name].to(own.device) for name, own in total.items()}
     norms = torch.cat([part.norms.cpu() for part in parts])[order]
     remarks = tuple(dict.fromkeys(remark for part in parts for remark in part.remarks))
     return ClippedSum(total, norms, patients[order], remarks)
