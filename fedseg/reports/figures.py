@@ -212,7 +212,7 @@ def _draw_edges(axes: Axes, plane: Plane) -> None:
         (0.5, 0.015, plane.bottom, "center", "bottom"),
     ):
         at = panel.x0 + x * panel.width
-        axes.get_figure().text(at, y, letter, color="#fff", size=9, ha=across, va=up)  # type: ignore[union-attr]
+        axes.figure.text(at, y, letter, color="#fff", size=9, ha=across, va=up)
 
 
 def _draw_labels(axes: Axes, overlay: Overlay, cut: _Cut, labels: Mapping[str, int]) -> None:

@@ -19,14 +19,8 @@ from validation_results import estimate, make_pictures, make_validation
 
 from fedseg.evaluation.evidence import Subgroup
 from fedseg.evaluation.validation import ValidationResult
-from fedseg.reports.acceptance import (
-    _annotated,
-    check_lines,
-    headline,
-    patients_to_show,
-    privacy_words,
-    write_acceptance,
-)
+from fedseg.reports.acceptance import _annotated, patients_to_show, write_acceptance
+from fedseg.reports.acceptance_words import check_lines, headline, privacy_words
 
 
 def html_of(result: ValidationResult, folder: Path, pictures: bool = False) -> str:
