@@ -11,11 +11,13 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from coordinator.rounds.events import Event, StageClosed
 from fedseg.durable import write_atomically
 from fedseg.imaging.cases import Case, Manifest
 
@@ -62,6 +64,50 @@ def stored(path: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         write_atomically(path, json.dumps(run(), indent=1).encode())
     loaded: dict[str, Any] = json.loads(path.read_text())
     return loaded
+
+
+def every_arm(
+    options: argparse.Namespace,
+    run: Callable[[argparse.Namespace, str, int], dict[str, Any]],
+    dice: Callable[[dict[str, Any]], Any] = lambda result: f"{result['mean_dice']:.4f}",
+    name: Callable[[str, int], str] = "{}-seed{}".format,
+) -> list[dict[str, Any]]:
+    """The results of --only and --seeds under --out, seed by seed; what is missing is run.
+
+    Args:
+        dice: what is told of a result.
+        name: of the file of an arm and seed, without its ending.
+    """
+    results = []
+    for seed in options.seeds:
+        for arm in options.only:
+            path = options.out / f"{name(arm, seed)}.json"
+            results.append(stored(path, partial(run, options, arm, seed)))
+            note(f"{arm} seed {seed}: Dice {dice(results[-1])}")
+    return results
+
+
+def show(
+    options: argparse.Namespace,
+    results: Sequence[dict[str, Any]],
+    summary: dict[str, Any],
+    table: Callable[[dict[str, Any]], str],
+) -> None:
+    """Print the table, or with --json the summary and all results."""
+    whole = {"summary": summary, "arms": results}
+    print(json.dumps(whole, indent=1) if options.json else table(summary))
+
+
+def rounds_told(arm: str, every: int) -> Callable[[Event], None]:
+    """An observer of a study that tells of every so many rounds of training."""
+
+    def tell(event: Event) -> None:
+        if not isinstance(event, StageClosed) or event.record.stage != "train":
+            return
+        if event.record.round % every == 0:
+            note(f"  {arm} round {event.record.round}")
+
+    return tell
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

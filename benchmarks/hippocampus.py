@@ -15,22 +15,20 @@ Compute is CPU seconds of training (thread time at the sites), evaluation not co
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from arms import POINT, every_arm, held_back, markdown, names_of, note, parser_of, show
 
 from coordinator.rounds.events import Event, StageClosed
-from fedseg.durable import write_atomically
-from fedseg.imaging.cases import Case, Manifest
 from fedseg.imaging.manifests import read_manifest
 from fedseg.models.zoo import initial_model
 from fedseg.plan import StudyPlan, parse_plan
 from fedseg.planfile import example
+from fedseg.result import StageRecord, weighted_mean
 from fedseg.simulation.baselines import alone, pooled
 from fedseg.simulation.federation import Federation
 from fedseg.simulation.running import Finished, run_federation
@@ -39,62 +37,27 @@ from fedseg.simulation.scoring import Scorer, released
 ARMS = ("pooled", "local", "fedavg", "fedprox")
 POOLED_STEPS = 3200
 PROXIMAL_MU = 0.001
-POINT = 0.01
 
 
 def main() -> None:
     """Run the wanted arms and print the tables."""
     options = _options()
-    for seed in options.seeds:
-        for arm in options.only:
-            path = options.out / f"{arm}-seed{seed}.json"
-            if not path.exists():
-                measured = _run(options, arm, seed)
-                write_atomically(path, json.dumps(measured, indent=1).encode())
-            _note(f"{arm} seed {seed}: mean Dice {_load(path)['mean_dice']:.4f}")
-    results = [
-        _load(options.out / f"{arm}-seed{seed}.json")
-        for arm in options.only
-        for seed in options.seeds
-    ]
-    summary = summarise(results)
-    if options.json:
-        print(json.dumps({"summary": summary, "arms": results}, indent=1))
-    else:
-        print(table(summary))
+    results = every_arm(options, _run)
+    show(options, results, summarise(results), table)
 
 
 def _options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, "hippocampus", seeds=(1, 2, 3))
     parser.add_argument("--data", type=Path, required=True, help="folder with images, labels, CSV")
     parser.add_argument("--table", default="sites.csv", help="which CSV (sites.csv)")
-    parser.add_argument("--out", type=Path, default=Path("results/hippocampus"))
-    parser.add_argument("--seeds", type=_numbers, default=[1, 2, 3])
-    parser.add_argument("--only", type=_arms, default=list(ARMS), help="arms, by comma")
+    parser.add_argument("--only", type=names_of(ARMS), default=list(ARMS), help="arms, by comma")
     parser.add_argument("--inner", action="store_true", help="measure on an inner split of train")
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--rounds", type=int, help="fewer rounds, for a quick look")
     parser.add_argument("--steps", type=int, help="fewer steps a round, for a quick look")
     options = parser.parse_args()
     options.out = options.out / ("inner" if options.inner else "val")
     return options
-
-
-def _numbers(text: str) -> list[int]:
-    """1,2,3 as numbers."""
-    return [int(part) for part in text.split(",")]
-
-
-def _arms(text: str) -> list[str]:
-    """Names of arms, checked."""
-    names = text.split(",")
-    unknown = set(names) - set(ARMS)
-    if unknown:
-        raise argparse.ArgumentTypeError(f"no such arm: {', '.join(sorted(unknown))}")
-    return names
 
 
 def _run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
@@ -104,7 +67,7 @@ def _run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
     plan = plan.model_copy(update={"initial": record})
     manifest = read_manifest(options.data, plan.task, table=options.table)
     if options.inner:
-        manifest = inner_split(manifest)
+        manifest = held_back(manifest, 0)
     whole = Federation(
         plan=plan,
         initial=tensors,
@@ -170,28 +133,12 @@ def plan_of(arm: str, seed: int, rounds: int | None, steps: int | None) -> Study
     return StudyPlan.model_validate(plan.model_copy(update=changed).model_dump(mode="json"))
 
 
-def inner_split(manifest: Manifest) -> Manifest:
-    """Every fifth training patient of a site becomes `val`; the true `val` is left out."""
-    cases: list[Case] = []
-    for site in manifest.sites:
-        train = manifest.cohort(site).split("train")
-        names = list(train.patients)
-        np.random.default_rng(1).shuffle(names)
-        held_back = set(names[::5])
-        cases += [
-            replace(case, split="val" if case.patient in held_back else "train")
-            for case in train.cases
-        ]
-    return replace(manifest, cases=tuple(cases))
-
-
 def _train(study: Federation, arm: str) -> Finished:
     """Run one study to its end, telling of each evaluation."""
 
     def tell(event: Event) -> None:
         if isinstance(event, StageClosed) and event.record.stage == "evaluate":
-            scores = [(a.mean_dice, a.patients) for a in event.record.answers]
-            _note(f"  {arm} round {event.record.round}: Dice {_weighted(scores):.4f}")
+            note(f"  {arm} round {event.record.round}: Dice {_dice_of(event.record):.4f}")
 
     return run_federation(study, resume=True, observe=tell)
 
@@ -203,15 +150,15 @@ def _curve(finished: Finished) -> list[dict[str, float]]:
         steps += sum(answer.steps for answer in stage.answers)
         total = max(total, steps)
         if stage.stage == "evaluate":
-            scores = [(a.mean_dice, a.patients) for a in stage.answers]
-            points.append({"steps": steps, "dice": _weighted(scores)})
+            points.append({"steps": steps, "dice": _dice_of(stage)})
     return [p | {"cpu_s": finished.cpu_s * p["steps"] / total} for p in points]
 
 
-def _weighted(scores: list[tuple[float | None, int]]) -> float:
-    """Mean over patients of the sites' means."""
-    known = [(dice, patients) for dice, patients in scores if dice is not None]
-    return sum(d * n for d, n in known) / sum(n for _, n in known)
+def _dice_of(stage: StageRecord) -> float:
+    """Mean Dice over the patients of all hospitals."""
+    found = weighted_mean((answer.mean_dice, answer.patients) for answer in stage.answers)
+    assert found is not None
+    return found
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -268,28 +215,28 @@ def _mean_or_none(values: list[float | None]) -> float | None:
 def table(summary: dict[str, Any]) -> str:
     """The summary as a Markdown table."""
     sites = list(next(iter(summary.values()))["hospitals"])
-    short = [site.removeprefix("hospital_") for site in sites]
-    lines = [
-        "| arm | Dice, mean (sd) | to pooled, points | worst hospital | "
-        + " | ".join(short)
-        + " | steps | CPU s | compute / pooled | to reach pooled - 0.5 |",
-        "|" + "---|" * (8 + len(sites)),
+    head = (
+        "arm", "Dice, mean (sd)", "to pooled, points", "worst hospital",
+        *(site.removeprefix("hospital_") for site in sites),
+        "steps", "CPU s", "compute / pooled", "to reach pooled - 0.5",
+    )  # fmt: skip
+    return markdown(head, (_cells(arm, row) for arm, row in summary.items()))
+
+
+def _cells(arm: str, row: dict[str, Any]) -> list[str]:
+    """A row of the table."""
+    deviation = "" if row["deviation"] is None else f" ({row['deviation']:.4f})"
+    return [
+        arm,
+        f"{row['mean_dice']:.4f}{deviation}",
+        _signed(row["points_to_pooled"]),
+        f"{row['worst_hospital']:.4f}",
+        *(f"{dice:.3f}" for dice in row["hospitals"].values()),
+        f"{row['steps']}",
+        f"{row['cpu_s']:.0f}",
+        _times(row["compute_to_pooled"]),
+        _times(row["compute_to_near_pooled"]),
     ]
-    for arm, row in summary.items():
-        deviation = "" if row["deviation"] is None else f" ({row['deviation']:.4f})"
-        cells = [
-            arm,
-            f"{row['mean_dice']:.4f}{deviation}",
-            _signed(row["points_to_pooled"]),
-            f"{row['worst_hospital']:.4f}",
-            *(f"{row['hospitals'][site]:.3f}" for site in sites),
-            f"{row['steps']}",
-            f"{row['cpu_s']:.0f}",
-            _times(row["compute_to_pooled"]),
-            _times(row["compute_to_near_pooled"]),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def _signed(value: float | None) -> str:
@@ -300,17 +247,6 @@ def _signed(value: float | None) -> str:
 def _times(value: float | None) -> str:
     """A ratio."""
     return "-" if value is None else f"{value:.2f}x"
-
-
-def _load(path: Path) -> dict[str, Any]:
-    """A stored arm."""
-    loaded: dict[str, Any] = json.loads(path.read_text())
-    return loaded
-
-
-def _note(text: str) -> None:
-    """Progress, on the error stream."""
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -18,15 +18,14 @@ Each arm of every seed is stored when it is done, and resumed by stages when it 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from arms import POINT, every_arm, markdown, names_of, note, parser_of, show
+
 from coordinator.rounds.events import Event, StageClosed
-from fedseg.durable import write_atomically
 from fedseg.evaluation.statistics import paired_difference
 from fedseg.imaging.cases import Cohort
 from fedseg.imaging.manifests import read_manifest
@@ -41,51 +40,24 @@ from fedseg.task import Task
 
 ARMS = ("all", "partial", "background")
 AIM_POINTS = -2.0
-POINT = 0.01
 
 
 def main() -> None:
     """Run the wanted arms and print the table."""
     options = _options()
-    results = []
-    for seed in options.seeds:
-        for arm in options.only:
-            path = options.out / f"{arm}-seed{seed}.json"
-            if not path.exists():
-                measured = run(options, arm, seed)
-                write_atomically(path, json.dumps(measured, indent=1).encode())
-            results.append(json.loads(path.read_text()))
-            _note(f"{arm} seed {seed}: {results[-1]['dice']}")
-    summary = summarise(results)
-    print(
-        json.dumps({"summary": summary, "arms": results}, indent=1)
-        if options.json
-        else table(summary)
-    )
+    results = every_arm(options, run, dice=lambda result: result["dice"])
+    show(options, results, summarise(results), table)
 
 
 def _options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, "partial_labels")
     parser.add_argument("--data", type=Path, required=True, help="folder with images, labels, CSV")
     parser.add_argument("--table", default="sites.csv", help="which CSV (sites.csv)")
-    parser.add_argument("--out", type=Path, default=Path("results/partial_labels"))
-    parser.add_argument("--seeds", type=lambda s: [int(n) for n in s.split(",")], default=[1])
-    parser.add_argument("--only", type=_arms, default=list(ARMS), help="arms, by comma")
+    parser.add_argument("--only", type=names_of(ARMS), default=list(ARMS), help="arms, by comma")
     parser.add_argument("--rounds", type=int, default=25, help="25")
     parser.add_argument("--steps", type=int, default=20, help="of each hospital in a round (20)")
-    parser.add_argument("--json", action="store_true")
     return parser.parse_args()
-
-
-def _arms(text: str) -> list[str]:
-    """Names of arms, checked."""
-    names = text.split(",")
-    if strange := sorted(set(names) - set(ARMS)):
-        raise argparse.ArgumentTypeError(f"no such arm: {', '.join(strange)}")
-    return names
 
 
 def run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
@@ -107,7 +79,7 @@ def run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
     def tell(event: Event) -> None:
         if isinstance(event, StageClosed) and event.record.stage == "train":
             loss = statistics.fmean(a.loss or 0 for a in event.record.answers)
-            _note(f"  {arm} seed {seed} round {event.record.round} loss {loss:.4f}")
+            note(f"  {arm} seed {seed} round {event.record.round} loss {loss:.4f}")
 
     finished = run_federation(study, resume=True, observe=tell)
     scorer = Scorer(replace(study, cohorts=whole), "val")
@@ -212,10 +184,8 @@ def _by_patient(runs: list[dict[str, Any]], label: str) -> dict[str, float]:
 
 def table(summary: dict[str, Any]) -> str:
     """The summary as a Markdown table."""
-    lines = [
-        "| arm | label | Dice | to all, points (95 %) | steps | CPU s |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = ("arm", "label", "Dice", "to all, points (95 %)", "steps", "CPU s")
+    rows = []
     for arm, row in summary.items():
         for label, own in row["labels"].items():
             points = "-"
@@ -223,21 +193,9 @@ def table(summary: dict[str, Any]) -> str:
                 points = f"{own['points']:+.2f}"
                 if own["low"] is not None:
                     points += f" ({own['low']:+.2f} to {own['high']:+.2f})"
-            cells = [
-                arm,
-                label,
-                f"{own['dice']:.4f}",
-                points,
-                str(row["steps"]),
-                f"{row['cpu_s']:.0f}",
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _note(text: str) -> None:
-    """Progress, on the error stream."""
-    print(text, file=sys.stderr, flush=True)
+            spent = (str(row["steps"]), f"{row['cpu_s']:.0f}")
+            rows.append((arm, label, f"{own['dice']:.4f}", points, *spent))
+    return markdown(head, rows)
 
 
 if __name__ == "__main__":

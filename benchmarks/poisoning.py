@@ -20,16 +20,14 @@ stopped. `named` counts whom the coordinator's detector names in the end: liars,
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from coordinator.rounds.events import Event, StageClosed
+from arms import POINT, every_arm, markdown, names_of, parser_of, rounds_told, show
+
 from fedseg.aggregation.suspicions import suspicions
-from fedseg.durable import write_atomically
 from fedseg.evaluation.evaluate import labelled
 from fedseg.imaging.cases import Cohort
 from fedseg.imaging.manifests import read_manifest
@@ -54,45 +52,25 @@ RULES: dict[str, dict[str, Any]] = {
 }
 RULE = "multi_krum"
 ATTACKED = ("clean", *ATTACKS)
+ARMS = tuple(f"{attack}-{rule}" for attack in ATTACKED for rule in RULES)
 CHANNELS = [16, 32, 64]
 ROUNDS, STEPS, LEARNING_RATE = 30, 8, 0.01
 PHANTOM_SEED, PHANTOM_PATIENTS = 5, 12
-POINT = 0.01
 
 
 def main() -> None:
     """Run the wanted arms and print the table."""
     options = _options()
-    for seed in options.seeds:
-        for arm in options.only:
-            path = options.out / f"{arm}-seed{seed}.json"
-            if not path.exists():
-                measured = _run(options, arm, seed)
-                write_atomically(path, json.dumps(measured, indent=1).encode())
-            _note(f"{arm} seed {seed}: mean Dice {_load(path)['mean_dice']:.4f}")
-    results = [
-        _load(options.out / f"{arm}-seed{seed}.json")
-        for arm in options.only
-        for seed in options.seeds
-    ]
-    summary = summarise(results)
-    if options.json:
-        print(json.dumps({"summary": summary, "arms": results}, indent=1))
-    else:
-        print(table(summary))
+    results = every_arm(options, _run)
+    show(options, results, summarise(results), table)
 
 
 def _options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, "poisoning")
     parser.add_argument("--data", type=Path, help="folder with images, labels, CSV; else phantoms")
-    parser.add_argument("--out", type=Path, default=Path("results/poisoning"))
-    parser.add_argument("--seeds", type=_numbers, default=[1])
-    parser.add_argument("--rules", type=_rules, default=["mean", RULE], help="rules, by comma")
-    parser.add_argument("--only", type=_arms, help="arms ATTACK-RULE, by comma")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--rules", type=names_of(RULES), default=["mean", RULE], help="by comma")
+    parser.add_argument("--only", type=names_of(ARMS), help="arms ATTACK-RULE, by comma")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--patients", type=int, default=PHANTOM_PATIENTS, help="of a phantom site")
@@ -100,29 +78,6 @@ def _options() -> argparse.Namespace:
     options.only = options.only or [f"{a}-{r}" for r in options.rules for a in ATTACKED]
     options.out = options.out / ("phantoms" if options.data is None else options.data.name)
     return options
-
-
-def _numbers(text: str) -> list[int]:
-    """1,2,3 as numbers."""
-    return [int(part) for part in text.split(",")]
-
-
-def _rules(text: str) -> list[str]:
-    """Names of rules, checked."""
-    names = text.split(",")
-    unknown = set(names) - RULES.keys()
-    if unknown:
-        raise argparse.ArgumentTypeError(f"no such rule: {', '.join(sorted(unknown))}")
-    return names
-
-
-def _arms(text: str) -> list[str]:
-    """Names of arms, checked."""
-    names = text.split(",")
-    unknown = set(names) - {f"{attack}-{rule}" for attack in ATTACKED for rule in RULES}
-    if unknown:
-        raise argparse.ArgumentTypeError(f"no such arm: {', '.join(sorted(unknown))}")
-    return names
 
 
 def _run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
@@ -142,7 +97,7 @@ def _run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
         cache=options.out / "cache",
         faults=() if attack == "clean" else tuple(faults),
     )
-    finished = run_federation(whole, resume=True, observe=_tell(arm))
+    finished = run_federation(whole, resume=True, observe=rounds_told(arm, 10))
     scorer, model = Scorer(whole, "val"), released(finished.state, plan)
     patients = [p for cohort in cohorts for p in scorer(model, cohort.site)]
     hospitals = {
@@ -214,17 +169,6 @@ def _halves(cohort: Cohort) -> list[Cohort]:
     return parts
 
 
-def _tell(arm: str) -> Any:
-    """Tell of every tenth round."""
-
-    def tell(event: Event) -> None:
-        training = isinstance(event, StageClosed) and event.record.stage == "train"
-        if training and event.record.round % 10 == 0:
-            _note(f"  {arm} round {event.record.round}")
-
-    return tell
-
-
 def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
     """By arm, means over seeds: Dice, loss against the clean mean, the worst hospital."""
     clean = {r["seed"]: r for r in results if r["arm"] == "clean-mean"}
@@ -259,38 +203,28 @@ def _named(run: dict[str, Any]) -> set[str]:
 
 def table(summary: dict[str, Any]) -> str:
     """The summary as a Markdown table."""
-    lines = [
-        "| attack | rule | Dice, mean (sd) | loss, points (largest) | worst hospital "
-        "| named: liars, honest | CPU s |",
-        "|" + "---|" * 7,
-    ]
-    for arm, row in summary.items():
-        deviation = "" if row["deviation"] is None else f" ({row['deviation']:.4f})"
-        loss = "-"
-        if row["loss_points"] is not None:
-            loss = f"{row['loss_points']:+.2f} ({row['largest_loss_points']:+.2f})"
-        dice = f"{row['mean_dice']:.4f}{deviation}"
-        named = f"{_listed(row['named'])}, {_listed(row['named_honest'])}"
-        worst, spent = f"{row['worst_hospital']:.4f}", f"{row['cpu_s']:.0f}"
-        cells = [*arm.split("-"), dice, loss, worst, named, spent]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    head = (
+        "attack", "rule", "Dice, mean (sd)", "loss, points (largest)", "worst hospital",
+        "named: liars, honest", "CPU s",
+    )  # fmt: skip
+    return markdown(head, (_cells(arm, row) for arm, row in summary.items()))
+
+
+def _cells(arm: str, row: dict[str, Any]) -> list[str]:
+    """A row of the table."""
+    deviation = "" if row["deviation"] is None else f" ({row['deviation']:.4f})"
+    loss = "-"
+    if row["loss_points"] is not None:
+        loss = f"{row['loss_points']:+.2f} ({row['largest_loss_points']:+.2f})"
+    dice = f"{row['mean_dice']:.4f}{deviation}"
+    named = f"{_listed(row['named'])}, {_listed(row['named_honest'])}"
+    worst, spent = f"{row['worst_hospital']:.4f}", f"{row['cpu_s']:.0f}"
+    return [*arm.split("-"), dice, loss, worst, named, spent]
 
 
 def _listed(counts: list[int]) -> str:
     """One count a seed, or one for all where they are equal."""
     return "/".join(map(str, dict.fromkeys(counts) if len(set(counts)) == 1 else counts))
-
-
-def _load(path: Path) -> dict[str, Any]:
-    """A stored arm."""
-    loaded: dict[str, Any] = json.loads(path.read_text())
-    return loaded
-
-
-def _note(text: str) -> None:
-    """Progress, on the error stream."""
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

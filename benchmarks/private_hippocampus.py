@@ -24,17 +24,14 @@ The noise of an arm is seeded, so that the table can be made again: these models
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from arms import every_arm, markdown, names_of, note, parser_of, rounds_told, show
 
-from coordinator.rounds.events import Event, StageClosed
 from fedseg.arrays import Arrays, digest_of
-from fedseg.durable import write_atomically
 from fedseg.evaluation.evaluate import labelled
 from fedseg.imaging.manifests import read_manifest
 from fedseg.learning.pretraining import phantom_patients, pretrain, pretraining_plan
@@ -72,31 +69,15 @@ EXPECTED_PATIENTS = 21  # a fifth of the persons that the table lists for traini
 def main() -> None:
     """Run the wanted arms and print the table."""
     options = _options()
-    for seed in options.seeds:
-        for arm in options.only:
-            path = _place(options, arm, seed)
-            if not path.exists():
-                measured = _run(options, arm, seed)
-                write_atomically(path, json.dumps(measured, indent=1).encode())
-            _note(f"{arm} seed {seed}: mean Dice {_load(path)['mean_dice']:.4f}")
-    results = [_load(_place(options, arm, seed)) for arm in options.only for seed in options.seeds]
-    summary = summarise(results)
-    if options.json:
-        print(json.dumps({"summary": summary, "arms": results}, indent=1))
-    else:
-        print(table(summary))
+    results = every_arm(options, _run, name=_name)
+    show(options, results, summarise(results), table)
 
 
 def _options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, "private_hippocampus", seeds=(1, 2, 3))
     parser.add_argument("--data", type=Path, required=True, help="folder with images, labels, CSV")
-    parser.add_argument("--out", type=Path, default=Path("results/private_hippocampus"))
-    parser.add_argument("--seeds", type=_numbers, default=[1, 2, 3])
-    parser.add_argument("--only", type=_arms, default=list(ARMS), help="arms, by comma")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--only", type=names_of(ARMS), default=list(ARMS), help="arms, by comma")
     parser.add_argument("--start", type=Path, help="another initial model, from `fedseg pretrain`")
     for name, value in SETTINGS.items():
         parser.add_argument(
@@ -109,24 +90,9 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _numbers(text: str) -> list[int]:
-    """1,2,3 as numbers."""
-    return [int(part) for part in text.split(",")]
-
-
-def _arms(text: str) -> list[str]:
-    """Names of arms, checked."""
-    names = text.split(",")
-    unknown = set(names) - set(ARMS)
-    if unknown:
-        raise argparse.ArgumentTypeError(f"no such arm: {', '.join(sorted(unknown))}")
-    return names
-
-
-def _place(options: argparse.Namespace, arm: str, seed: int) -> Path:
-    """Where an arm's figures are kept; the initial model knows no seed."""
-    path: Path = options.out / ("zero.json" if arm == "zero" else f"{arm}-seed{seed}.json")
-    return path
+def _name(arm: str, seed: int) -> str:
+    """Of the file with an arm's figures; the initial model knows no seed."""
+    return "zero" if arm == "zero" else f"{arm}-seed{seed}"
 
 
 def _run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
@@ -146,7 +112,7 @@ def _run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
     model, spent = dict(start), 0.0
     if arm != "zero":
         study = pooled(whole, whole.folder, POOLED_STEPS) if arm == "pooled" else whole
-        finished = run_federation(study, resume=True, observe=_tell(arm))
+        finished = run_federation(study, resume=True, observe=rounds_told(arm, 8))
         model, spent = released(finished.state, finished.plan), finished.cpu_s
     scorer = Scorer(whole, "val")
     patients = [p for cohort in cohorts for p in scorer(model, cohort.site)]
@@ -156,7 +122,7 @@ def _run(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
         "mean_dice": statistics.fmean(p.mean_dice for p in patients if p.mean_dice is not None),
         "patients": {p.patient: p.mean_dice for p in patients},
         "training_patients": sum(len(c.split("train").patients) for c in cohorts),
-        "trained_parameters": _trained(plan),
+        "trained_parameters": trained_parameters(plan),
         "noise_multiplier": plan.calibrated.training if plan.calibrated else None,
         "cpu_s": spent,
         "plan": plan.model_dump(mode="json", exclude={"initial"}),
@@ -173,7 +139,7 @@ def _initial(options: argparse.Namespace) -> dict[str, Any]:
         patients = phantom_patients(own.task, seed, range(PRETRAINING["phantoms"]))
         for state in pretrain(own, patients):
             if state.chunks % 10 == 0:
-                _note(f"  pre-training: {state.chunks} of {own.aggregation.rounds}")
+                note(f"  pre-training: {state.chunks} of {own.aggregation.rounds}")
         save_model(path, own, state.model, arm="pretrained", rounds=state.chunks)
     return load_model(path)[1]
 
@@ -241,24 +207,13 @@ def _make_private(
     }
 
 
-def _trained(plan: StudyPlan) -> int:
+def trained_parameters(plan: StudyPlan) -> int:
     """How many parameters a plan trains."""
     from fedseg.models.parts import freeze
     from fedseg.models.zoo import build_network
 
     network = build_network(plan.model, plan.task)
     return sum(network.get_parameter(n).numel() for n in freeze(network, plan.training.trainable))
-
-
-def _tell(arm: str) -> Any:
-    """Tell of every eighth round."""
-
-    def tell(event: Event) -> None:
-        training = isinstance(event, StageClosed) and event.record.stage == "train"
-        if training and event.record.round % 8 == 0:
-            _note(f"  {arm} round {event.record.round}")
-
-    return tell
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -307,27 +262,27 @@ def _with_interval(value: float, resampled: Any) -> list[float]:
 
 def table(summary: dict[str, Any]) -> str:
     """The summary as a Markdown table."""
-    lines = [
-        "| arm | trained | noise | Dice, mean (sd) | over zero-shot, points | "
-        "of the same part's gain | of pooled's gain | CPU s |",
-        "|" + "---|" * 8,
+    head = (
+        "arm", "trained", "noise", "Dice, mean (sd)", "over zero-shot, points",
+        "of the same part's gain", "of pooled's gain", "CPU s",
+    )  # fmt: skip
+    return markdown(head, (_cells(arm, row) for arm, row in summary.items()))
+
+
+def _cells(arm: str, row: dict[str, Any]) -> list[str]:
+    """A row of the table."""
+    deviation = "" if row["deviation"] is None else f" ({row['deviation']:.4f})"
+    plain = arm == "zero"
+    return [
+        arm,
+        "0" if plain else f"{row['trained_parameters']}",
+        "-" if row["noise_multiplier"] is None else f"{row['noise_multiplier']:.2f}",
+        f"{row['mean_dice']:.4f}{deviation}",
+        "-" if plain else _shown(row.get("gain"), 100, 1),
+        "-" if plain else _shown(row.get("of_same-part"), 1, 2),
+        "-" if plain else _shown(row.get("of_pooled"), 1, 2),
+        f"{row['cpu_s']:.0f}",
     ]
-    for arm, row in summary.items():
-        deviation = "" if row["deviation"] is None else f" ({row['deviation']:.4f})"
-        noise = "-" if row["noise_multiplier"] is None else f"{row['noise_multiplier']:.2f}"
-        plain = arm == "zero"
-        cells = [
-            arm,
-            "0" if plain else f"{row['trained_parameters']}",
-            noise,
-            f"{row['mean_dice']:.4f}{deviation}",
-            "-" if plain else _shown(row.get("gain"), 100, 1),
-            "-" if plain else _shown(row.get("of_same-part"), 1, 2),
-            "-" if plain else _shown(row.get("of_pooled"), 1, 2),
-            f"{row['cpu_s']:.0f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def _shown(value: list[float] | None, factor: float, digits: int) -> str:
@@ -336,17 +291,6 @@ def _shown(value: list[float] | None, factor: float, digits: int) -> str:
         return "-"
     mean, low, high = (f"{part * factor:.{digits}f}" for part in value)
     return f"{mean} ({low} to {high})"
-
-
-def _load(path: Path) -> dict[str, Any]:
-    """A stored arm."""
-    loaded: dict[str, Any] = json.loads(path.read_text())
-    return loaded
-
-
-def _note(text: str) -> None:
-    """Progress, on the error stream."""
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import private_hippocampus as study
+from arms import markdown, note, stored
 
 from fedseg.arrays import Arrays, digest_of
 from fedseg.evaluation.evaluate import labelled
@@ -44,18 +46,27 @@ PARTS: dict[str, tuple[str, dict[str, Any] | None]] = {
 def main() -> None:
     """Train each part at each learning rate and print what it reaches."""
     options = _options()
-    arm, start = options.arm, load_model(options.start)[1]
-    print("| part | trained | learning rate | mean Dice | s |\n|---|---|---|---|---|", flush=True)
+    rows = []
     for name in options.parts.split(";"):
         for rate in options.rates:
-            options.learning_rate = rate
-            plan, model = adapted(study.plan_of(options, arm, 1, start), start, *PARTS[name])
-            folder = options.out / f"{arm}-{list(PARTS).index(name)}-{rate:g}"
-            began = time.perf_counter()
-            dice = measured(plan, model, options.data, folder)
-            took = time.perf_counter() - began
-            count = study._trained(plan)
-            print(f"| {name} | {count} | {rate:g} | {dice:.4f} | {took:.0f} |", flush=True)
+            folder = options.out / f"{options.arm}-{list(PARTS).index(name)}-{rate:g}"
+            path = folder.with_name(folder.name + ".json")
+            found = stored(path, partial(_run, options, name, rate, folder))
+            took = f"{found['wall_s']:.0f}"
+            rows.append((name, str(found["trained"]), f"{rate:g}", f"{found['dice']:.4f}", took))
+            note(", ".join(rows[-1]))
+    print(markdown(("part", "trained", "learning rate", "mean Dice", "s"), rows))
+
+
+def _run(options: argparse.Namespace, name: str, rate: float, folder: Path) -> dict[str, Any]:
+    """Train one part at one learning rate."""
+    options.learning_rate = rate
+    start = load_model(options.start)[1]
+    plan, model = adapted(study.plan_of(options, options.arm, 1, start), start, *PARTS[name])
+    began = time.perf_counter()
+    dice = measured(plan, model, options.data, folder)
+    took = time.perf_counter() - began
+    return {"trained": study.trained_parameters(plan), "dice": dice, "wall_s": took}
 
 
 def adapted(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,12 +18,11 @@ from fedseg.imaging.phantoms import write_phantoms
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "partial_labels.py"
 
 
-def script() -> Any:
-    spec = importlib.util.spec_from_file_location("partial_labels", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The benchmark as a module."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    return importlib.import_module(SCRIPT.stem)
 
 
 def result(arm: str, dice: dict[str, tuple[float, float]]) -> dict[str, Any]:
@@ -34,17 +34,16 @@ def result(arm: str, dice: dict[str, tuple[float, float]]) -> dict[str, Any]:
     return {"arm": arm, "seed": 1, "steps": 4, "cpu_s": 1.0, "dice": means, "patients": patients}
 
 
-def test_differences_are_in_points_of_each_label() -> None:
+def test_differences_are_in_points_of_each_label(script: ModuleType) -> None:
     arms = [
         result("all", {"x": (0.8, 0.9), "y": (0.5, 0.7)}),
         result("partial", {"x": (0.79, 0.89), "y": (0.45, 0.65)}),
     ]
-    labels = script().summarise(arms)["partial"]["labels"]
+    summary = script.summarise(arms)
+    labels = summary["partial"]["labels"]
     assert labels["x"]["points"] == pytest.approx(-1.0) and labels["x"]["reached"]
     assert labels["y"]["points"] == pytest.approx(-5.0) and not labels["y"]["reached"]
-    assert "| partial | x | 0.8400 | -1.00 (-1.00 to -1.00) |" in script().table(
-        script().summarise(arms)
-    )
+    assert "| partial | x | 0.8400 | -1.00 (-1.00 to -1.00) |" in script.table(summary)
 
 
 @pytest.mark.slow
