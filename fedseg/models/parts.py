@@ -64,14 +64,15 @@ def divide(network: nn.Module, plan: StudyPlan) -> tuple[tuple[str, ...], tuple[
         plan: its strategy says which part is personal.
 
     Returns:
-        The names of both in alphabetical order, as `InitialModel` records them.
+        The names of both in alphabetical order, as `InitialModel` records them. A parameter that
+        several layers share has several names, and either all of them are here or none is.
 
     Raises:
         PlanError: the network has no such part.
     """
     part = plan.aggregation.personal
     own = set() if part is None else _wanted(network, part) or set()
-    parameters = dict(network.named_parameters())
+    parameters = dict(network.named_parameters(remove_duplicate=False))
     personal = (n for n, p in parameters.items() if p.requires_grad and id(p) in own)
     frozen = (n for n, p in parameters.items() if not p.requires_grad)
     return tuple(sorted(personal)), tuple(sorted(frozen))

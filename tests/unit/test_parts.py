@@ -18,7 +18,7 @@ from fedseg.learning.optimiser import (
     restore_optimiser,
     trained,
 )
-from fedseg.models.parts import freeze
+from fedseg.models.parts import divide, freeze
 from fedseg.models.zoo import build_network, initial_model, load_tensors, state_tensors
 from fedseg.plan import StudyPlan
 from fedseg.training import Trainable
@@ -109,6 +109,39 @@ def test_a_network_without_the_part_is_refused_and_left_alone() -> None:
     frozen = nn.Sequential(nn.Conv3d(1, 2, 3)).requires_grad_(False)
     with pytest.raises(PlanError, match="the network itself froze it"):
         freeze(frozen, "all")
+
+
+class Shared(nn.Module):
+    """Two convolutions of one weight, and two norms of one scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv3d(2, 2, 1, bias=False), nn.Conv3d(2, 2, 1, bias=False)
+        self.early, self.late = nn.GroupNorm(1, 2), nn.GroupNorm(1, 2)
+        self.last.weight, self.late.weight = self.first.weight, self.early.weight
+
+
+@pytest.mark.parametrize(
+    ("strategy", "trainable", "personal", "frozen"),
+    [
+        ("fedbn", "all", "early.bias early.weight late.bias late.weight", ""),
+        ("fedper", "all", "first.weight last.weight", ""),
+        ("fedavg", "norms", "", "first.weight last.weight"),
+        ("fedavg", "head", "", "early.bias early.weight late.bias late.weight"),
+    ],
+)
+def test_a_parameter_that_layers_share_stays_at_home_under_each_of_its_names(
+    strategy: str, trainable: Trainable, personal: str, frozen: str
+) -> None:
+    plan = plan_of()
+    aggregation = plan.aggregation.model_copy(update={"strategy": strategy})
+    network = Shared()
+    freeze(network, trainable)
+    found = divide(network, plan.model_copy(update={"aggregation": aggregation}))
+    assert found == (tuple(personal.split()), tuple(frozen.split()))
+    travels = network.state_dict().keys() - {*found[0], *found[1]}
+    kept = {network.get_parameter(name).data_ptr() for name in (*found[0], *found[1])}
+    assert travels and kept.isdisjoint(network.get_parameter(n).data_ptr() for n in travels)
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
