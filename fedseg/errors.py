@@ -46,8 +46,10 @@ class UntaughtLabelError(RoundError):
     def __init__(self, labels: tuple[str, ...], annotated: dict[str, tuple[str, ...]]) -> None:
         said = "; ".join(f"{site}: {', '.join(own)}" for site, own in sorted(annotated.items()))
         super().__init__(
-            f"no hospital that enlisted annotates {', '.join(labels)} ({said}): wait for one that "
-            "does, and start the study again, or take the label out of the plan"
+            f"no hospital that enlisted annotates {', '.join(labels)} ({said}): a hospital may "
+            "come late only where others annotate what it does. Nothing was trained: have one that "
+            "does on line, with the plan approved, and start the study again; or take the label "
+            "out of the plan"
         )
         self.labels = labels
 

@@ -58,6 +58,7 @@ def test_a_study_whose_labels_nobody_annotates_is_refused_before_its_first_round
         close_stage(start, PLAN, came(site_a=("anterior",), site_b=("anterior",)))
     assert caught.value.labels == ("posterior",)
     assert "site_a: anterior; site_b: anterior" in str(caught.value)
+    assert "have one that does on line, with the plan approved, and start" in str(caught.value)
     assert isinstance(caught.value, RoundError)
     for other in (("posterior",), None):
         state = close_stage(start, PLAN, came(site_a=("anterior",), site_b=other))
