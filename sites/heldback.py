@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedseg.alone import plan_alone
 from fedseg.errors import DataError
 from fedseg.evaluation.evaluate import labelled
 from fedseg.evaluation.validation import Split
@@ -22,6 +23,7 @@ from fedseg.plan import StudyPlan
 from sites.approval import frozen_record
 from sites.audit import utc_now
 from sites.cohort import Progress, choose_cohort, recorded_cohort
+from sites.enrolment import pinned_bundle
 from sites.folder import SiteFolder, as_owner_of
 
 if TYPE_CHECKING:
@@ -122,6 +124,7 @@ def held_back(
 
 def _approved(house: House, plan: StudyPlan) -> tuple[Cohort, Source]:
     """The data that were approved with a plan."""
+    plan = _study_of(house.folder, plan)
     found = frozen_record(house.folder, plan.study, plan.digest)
     if found is None:
         raise DataError(
@@ -130,6 +133,15 @@ def _approved(house: House, plan: StudyPlan) -> tuple[Cohort, Source]:
         )
     cohort = recorded_cohort(house.folder.record.name, plan, found)
     return cohort, Source(Path(found.data), found.table, found.row)
+
+
+def _study_of(folder: SiteFolder, plan: StudyPlan) -> StudyPlan:
+    """The study's plan for that of a hospital alone which follows from it; others as they are."""
+    if plan.study in folder.joined:
+        pinned = pinned_bundle(folder, plan.study).plan
+        if plan_alone(pinned).digest == plan.digest:
+            return pinned
+    return plan
 
 
 def _require_one_split(

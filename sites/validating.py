@@ -9,7 +9,8 @@ entry with the result's digest before anybody can accept a model on it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 RESULT, REPORT, MEASURED = "validation.json", "report.html", "measured"
 MAX_RECORD_BYTES = 1024 * 1024
+PREPARED_BY = ("dimensions", "spacing_mm", "normalisation")
 NAMES = {"federated": "global", "personal": "own"}
 _TRAINED_ON = {
     "federated": "patients of every hospital of {study}, {rounds} rounds",
@@ -183,7 +185,7 @@ def validate_here(
         left_out=patients.left_out,
         traits=patients.traits,
         thresholds=wanted.thresholds,
-        notes=notes,
+        notes=(*notes, *_prepared_apart(found)),
     )
     result = validated([each.candidate for each in found], rows, voxels, setting)
     return result, _overlays(result, found, patients, cache, device)
@@ -262,6 +264,21 @@ def thresholds_moved(
                 "beforehand",
             )
     return ()
+
+
+def _prepared_apart(found: Sequence[Entrant]) -> Iterator[str]:
+    """A warning for each way in which the models' tasks prepare the same images differently."""
+    for field in PREPARED_BY:
+        said: dict[str, list[str]] = {}
+        for each in found:
+            value = each.header.plan.task.model_dump(mode="json")[field]
+            said.setdefault(json.dumps(value), []).append(each.candidate.name)
+        if len(said) > 1:
+            ways = "; ".join(f"{', '.join(names)}: {value}" for value, names in said.items())
+            yield (
+                f"the models' images are not prepared alike ({field} is {ways}): what differs "
+                "between them is not the training alone"
+            )
 
 
 class _Model:

@@ -119,8 +119,6 @@ def _warnings(
     missing = [name for name in setting.labels if name not in annotated]
     if missing:
         yield f"nothing is known of {', '.join(missing)}: this hospital does not annotate it"
-    if len({candidate.plan_digest for candidate in candidates}) > 1:
-        yield "the models come from different plans: they may have been prepared for differently"
     if any(group.suppressed for group in groups):
         yield (
             f"subgroups of fewer than {setting.suppress_below} patients are suppressed; the others "

@@ -25,6 +25,7 @@ from typer.testing import CliRunner, Result
 from fedseg.alone import plan_alone
 from fedseg.arrays import digest_of
 from fedseg.errors import DataError, FedsegError, PlanError
+from fedseg.evaluation.validation import ValidationResult
 from fedseg.imaging.cache import CaseCache
 from fedseg.imaging.phantoms import write_phantoms
 from fedseg.learning import alone as rounds
@@ -223,3 +224,39 @@ def test_a_start_that_no_seed_gives_is_brought_along(data: Path, tmp_path: Path)
     save_model(tmp_path / "start", plan, trained, arm="initial", rounds=0)
     at(site, "--initial", tmp_path / "start")
     assert (site.folder.models / FILE).exists()
+
+
+def read(site: Hospital) -> ValidationResult:
+    """The newest validation."""
+    paths = site.folder.validations.glob("*/validation.json")
+    return ValidationResult.model_validate_json(max(paths).read_bytes())
+
+
+def test_validation_compares_it_with_the_shared_and_the_fine_tuned_one(site: Hospital) -> None:
+    """All three are of one task, though not of one plan, and of patients who were approved."""
+    plan, shared = site.consortium.plan, site.consortium.model
+    save_model(site.folder.model(STUDY), plan, shared, arm="federated", rounds=3)
+    other = plan.model_copy(
+        update={"task": plan.task.model_copy(update={"patch_size": (8, 8, 16)})}
+    )
+    tuned = {name: values * 0.9 for name, values in shared.items()}
+    file, digest = site.folder.models / f"{STUDY}-finetuned.safetensors", digest_of(shared)
+    save_model(file, other, tuned, arm="finetuned", rounds=3, released=digest)
+    at(site)
+    where = ("--site", site.folder.path)
+    run("validate", f"{STUDY}-local", STUDY, f"{STUDY}-finetuned", *where)
+    result = read(site)
+    assert [each.name for each in result.candidates] == ["local", "global", "finetuned"]
+    assert result.candidates[0].trained_on == "patients of this hospital alone"
+    assert not [words for words in result.warnings if "prepared" in words or "plans" in words]
+
+
+def test_models_whose_images_are_prepared_differently_are_said_to_be(site: Hospital) -> None:
+    plan, shared = site.consortium.plan, site.consortium.model
+    save_model(site.folder.model(STUDY), plan, shared, arm="federated", rounds=3)
+    coarse = changed(plan, task={"spacing_mm": (2.0, 1.0, 1.0)})
+    other = {name: values * 0.9 for name, values in shared.items()}
+    save_model(site.folder.models / "other.safetensors", coarse, other, arm="local", rounds=3)
+    run("validate", STUDY, "other", "--site", site.folder.path)
+    (said,) = [words for words in read(site).warnings if "not prepared alike" in words]
+    assert "spacing_mm is global: [1.0, 1.0, 1.0]; local: [2.0, 1.0, 1.0]" in said
