@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from fedseg.privacy.accounting import PrivacyFilter
 from fedseg.privacy.ledger import AuditWitness, Ledger, Limits, patient_key
 from fedseg.privacy.ledger.entries import Registered
+from fedseg.privacy.ledger.restore import restore
 from fedseg.privacy.mechanisms import Allowed, Mechanism
 from fedseg.security.keys import SigningKey
 
@@ -68,3 +70,15 @@ def study(
 
 def registered(ledger: Ledger, event: Registered, limits: Limits = LIMITS) -> None:
     ledger.register(event, limits, epsilon=8, delta=1e-5)
+
+
+def spent(ledger: Ledger, number: int) -> float:
+    """At the ledger's order."""
+    rule = PrivacyFilter(LIMITS.total_epsilon, LIMITS.total_delta, ledger.refresh().order)
+    return rule.cost(ledger.book.charges(patient(number)))
+
+
+def restored(folder: Path, *backups: Path) -> tuple[Ledger, int]:
+    return restore(
+        place(folder), backups, SECRET, witness(folder), now, limits=LIMITS, reason="disk died"
+    )
