@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import overload
+from functools import partial
 
 from fedseg.imaging.cache import CaseCache
 from fedseg.imaging.cases import Case, Cohort
 from fedseg.imaging.transforms import PreparedCase
+from fedseg.learning.lazy import LazyCases
 
 MEMORY_BYTES = 2 * 1024**3
 
@@ -24,7 +25,7 @@ class PreparedPatients(Mapping[str, Sequence[PreparedCase]]):
         self._loaded: OrderedDict[str, PreparedCase] = OrderedDict()
 
     def __getitem__(self, patient: str) -> Sequence[PreparedCase]:
-        return _Lazy(self, self._cases[patient])
+        return LazyCases([partial(self.load, case) for case in self._cases[patient]])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._cases)
@@ -47,25 +48,6 @@ class PreparedPatients(Mapping[str, Sequence[PreparedCase]]):
         while len(self._loaded) > 1 and sum(map(_size, self._loaded.values())) > self._room:
             self._loaded.popitem(last=False)
         return prepared
-
-
-class _Lazy(Sequence[PreparedCase]):
-    """A patient's cases, each loaded when it is taken."""
-
-    def __init__(self, patients: PreparedPatients, cases: tuple[Case, ...]) -> None:
-        self._patients, self._cases = patients, cases
-
-    @overload
-    def __getitem__(self, index: int) -> PreparedCase: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[PreparedCase]: ...
-    def __getitem__(self, index: int | slice) -> PreparedCase | Sequence[PreparedCase]:
-        if isinstance(index, slice):
-            return _Lazy(self._patients, self._cases[index])
-        return self._patients.load(self._cases[index])
-
-    def __len__(self) -> int:
-        return len(self._cases)
 
 
 def _size(case: PreparedCase) -> int:

@@ -8,10 +8,10 @@ bits on a CPU at one thread, also when stopped and gone on with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from fedseg.imaging.cache import CaseCache
 from fedseg.imaging.cases import Cohort
 from fedseg.imaging.randomised import Anatomy, randomised_case
 from fedseg.imaging.transforms import PreparedCase
+from fedseg.learning.lazy import LazyCases
 from fedseg.learning.local import train_round
 from fedseg.learning.sampling import Patients
 from fedseg.models.devices import require_device
@@ -148,7 +149,7 @@ def phantom_patients(
 ) -> dict[str, Sequence[PreparedCase]]:
     """Phantoms by domain randomisation, made when first asked for and then kept."""
     return {
-        f"phantom_{number:06d}": _Lazy(
+        f"phantom_{number:06d}": LazyCases(
             [cache(partial(randomised_case, task, seed, number, anatomy=anatomy))]
         )
         for number in numbers
@@ -158,28 +159,9 @@ def phantom_patients(
 def cohort_patients(cohort: Cohort, prepared: CaseCache) -> dict[str, Sequence[PreparedCase]]:
     """A public cohort's patients; a case is read from the cache each time that it is drawn."""
     return {
-        patient: _Lazy([partial(prepared.load, case, cohort.label_map) for case in cases])
+        patient: LazyCases([partial(prepared.load, case, cohort.label_map) for case in cases])
         for patient, cases in cohort.by_patient()
     }
-
-
-class _Lazy(Sequence[PreparedCase]):
-    """Cases that are made or loaded when they are taken."""
-
-    def __init__(self, makers: Sequence[Callable[[], PreparedCase]]) -> None:
-        self._makers = makers
-
-    def __len__(self) -> int:
-        return len(self._makers)
-
-    @overload
-    def __getitem__(self, index: int) -> PreparedCase: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[PreparedCase]: ...
-    def __getitem__(self, index: int | slice) -> PreparedCase | Sequence[PreparedCase]:
-        if isinstance(index, slice):
-            return _Lazy(self._makers[index])
-        return self._makers[index]()
 
 
 def _dice(plan: StudyPlan, network: Any, case: PreparedCase) -> float | None:
