@@ -144,7 +144,7 @@ def validate_here(
     Args:
         site: what the hospital is called.
         cache: of prepared cases.
-        measured: a folder, where measured cases are kept and found.
+        measured: a folder, where measured cases are kept and found; made when one is kept.
         created: ISO 8601, UTC.
         notes: more warnings.
         progress: called once for each case of each model.
@@ -309,6 +309,7 @@ def _measured(
     found = _kept(path, key)
     if found is None:
         found = measure_case(model.network, case, model.cache, how, key)
+        make_folder(make_folder(kept.parent) / kept.name)
         write_atomically(path, found.model_dump_json().encode(), mode=0o600)
     progress(case.name)
     return found

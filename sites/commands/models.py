@@ -283,7 +283,9 @@ def _decided(state: str, decision: Decision) -> dict[str, Any]:
 def _show(found: list[dict[str, Any]], gone: list[str], missing: int) -> None:
     """The list for people."""
     console = Console(highlight=False)
-    table = Table("study", "model", "made", "digest", "plan", "validated", "state", "since, why")
+    table = Table()
+    for heading in ("study", "model", "made", "digest", "plan", "validated", "state", "since, why"):
+        table.add_column(heading, overflow="fold")
     for each in found:
         if each["state"] == "damaged":
             cells = ("-", each["file"], "-", "-", "-", "-", "damaged", each["fault"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -18,7 +19,7 @@ from fedseg.errors import DataError
 from fedseg.shell import progress_bar
 from sites.commands.models import model_file
 from sites.commands.options import HERE, SiteOption
-from sites.folder import SiteFolder, as_owner_of, make_folder
+from sites.folder import SiteFolder, as_owner_of
 
 if TYPE_CHECKING:
     from fedseg.evaluation.evidence import Estimate
@@ -154,11 +155,10 @@ def _at_site(
     from sites.validating import MEASURED, new_place, thresholds_moved
 
     folder = house.folder
-    make_folder(folder.validations)
     stack.enter_context(as_owner_of(folder.validations))
     return _Places(
         result=new_place(folder, found[0].candidate.study, created),
-        measured=make_folder(folder.validations / MEASURED),
+        measured=folder.validations / MEASURED,
         cache=folder.cache,
         notes=thresholds_moved(folder, found, thresholds),
     )
@@ -170,11 +170,10 @@ def _without_site(out: Path, cache: Path | None, stack: ExitStack) -> _Places:
 
     if (out / RESULT).exists():
         raise DataError(f"{out.name} has a {RESULT} already: name another folder with --out")
-    make_folder(out)
     if cache is None:
         temporary = tempfile.TemporaryDirectory(prefix="fedseg-cache-")
         cache = Path(stack.enter_context(temporary)) / "cache"
-    return _Places(out, make_folder(out / MEASURED), cache)
+    return _Places(out, out / MEASURED, cache)
 
 
 def _rules(path: Path | None) -> Policy:
@@ -201,23 +200,10 @@ def _show(result: ValidationResult, place: Path) -> None:
     console = Console(soft_wrap=True, highlight=False)
     for words in result.warnings:
         console.print(f"[yellow]![/] {escape(words)}")
-    table = Table("model", "patients", "Dice", "worst", "HD95 mm", "NSD", "failed", "ECE")
-    for summary, calibration in zip(result.summaries, result.calibration, strict=True):
-        worst = "-" if summary.worst_dice is None else f"{summary.worst_dice:.3f}"
-        table.add_row(
-            escape(summary.candidate),
-            str(summary.patients),
-            _shown(summary.dice, 3),
-            worst,
-            _shown(summary.hd95_mm, 1),
-            _shown(summary.nsd, 3),
-            str(summary.failed),
-            _shown(calibration.error, 3),
-        )
-    console.print(table)
+    console.print(_numbers(result), soft_wrap=False)
     for each in result.comparisons:
         if each.outcome is not None:
-            p = "-" if each.p_adjusted is None else f"{each.p_adjusted:.3f}"
+            p = _rounded(each.p_adjusted)
             console.print(
                 f"{each.a} less {each.b}: Dice {_shown(each.difference, 3)}, p {p} (Holm): "
                 f"{each.outcome}",
@@ -229,6 +215,28 @@ def _show(result: ValidationResult, place: Path) -> None:
     for reason in verdict.reasons:
         console.print(f"  - {reason}", markup=False)
     console.print(f"result and page (they name patients): {place}", markup=False)
+
+
+def _numbers(result: ValidationResult) -> Table:
+    """A column a model; where the terminal is narrow names and numbers wrap, and nothing is cut."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for summary in result.summaries:
+        table.add_column(escape(summary.candidate), overflow="fold")
+    every = [*zip(result.summaries, result.calibration, strict=True)]
+    table.add_row("patients", *(str(each.patients) for each, _ in every))
+    table.add_row("Dice", *(_shown(each.dice, 3) for each, _ in every))
+    table.add_row("worst", *(_rounded(each.worst_dice) for each, _ in every))
+    table.add_row("HD95 mm", *(_shown(each.hd95_mm, 1) for each, _ in every))
+    table.add_row("NSD", *(_shown(each.nsd, 3) for each, _ in every))
+    table.add_row("failed", *(str(each.failed) for each, _ in every))
+    table.add_row("ECE", *(_shown(calibration.error, 3) for _, calibration in every))
+    return table
+
+
+def _rounded(value: float | None) -> str:
+    """To three digits."""
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _shown(estimate: Estimate, digits: int) -> str:

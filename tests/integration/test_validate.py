@@ -235,3 +235,23 @@ def test_what_makes_no_sense_is_refused(
     with pytest.raises(FedsegError, match=message):
         ran("validate", *arguments, "--site", member.folder.path)
     assert not results(member.folder.validations)
+
+
+def test_a_refusal_leaves_no_folder(
+    data: Path, study: tuple[Consortium, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, models = study
+    out, cases = tmp_path / "out", ("--data", data, "--row", "hospital_a", "--site", tmp_path)
+    command = ("validate", models / "tiny.safetensors", *cases, "--out", out)
+    for more in (("--lesions", "liver"), ("--device", "cuda:77")):
+        with pytest.raises(FedsegError):
+            ran(*command, *more)
+        assert not out.exists()
+
+    def unreadable(*_: Any) -> None:
+        raise DataError("the image cannot be read")
+
+    monkeypatch.setattr("sites.validating.measure_case", unreadable)
+    with pytest.raises(DataError, match="cannot be read"):
+        ran(*command)
+    assert not out.exists()
