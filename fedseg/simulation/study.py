@@ -21,31 +21,20 @@ from typing import Any
 from numpy.typing import NDArray
 
 from fedseg.arrays import digest_of
-from fedseg.errors import PlanError, RoundError, UntaughtLabelError
+from fedseg.errors import RoundError, UntaughtLabelError
 from fedseg.imaging.cases import Cohort, Split
-from fedseg.imaging.fingerprint import fingerprint
-from fedseg.imaging.manifests import read_manifest
 from fedseg.learning.finetune import Finetuning
-from fedseg.models.devices import require_device
 from fedseg.plan import StudyPlan
 from fedseg.result import ArmName, GuaranteeRecord, Run, SiteSummary, StudyResult
 from fedseg.simulation.arms import arm_of, finetuned_arm, initial_arm
 from fedseg.simulation.baselines import baselines_of
-from fedseg.simulation.federation import Federation, require_sites
+from fedseg.simulation.federation import Federation
 from fedseg.simulation.finetuning import OwnModels, finetune_everywhere
-from fedseg.simulation.folder import pin, refuse_occupied
 from fedseg.simulation.options import Options, Progress, Watcher
-from fedseg.simulation.partial import withheld
-from fedseg.simulation.preparation import built, cohorts_of, require_packages
+from fedseg.simulation.preparation import prepare
 from fedseg.simulation.products import write_products
 from fedseg.simulation.running import Finished, run_federation
-from fedseg.simulation.scoring import (
-    Scorer,
-    released,
-    require_measurable,
-    split_to_measure,
-    used_at,
-)
+from fedseg.simulation.scoring import Scorer, released, split_to_measure, used_at
 
 _VERSIONS = ("fedseg", "flwr", "torch", "monai", "numpy")
 
@@ -75,47 +64,9 @@ def simulate(
         MissingExtraError: Ray or TensorBoard is not installed.
     """
     options, out = options or Options(), Path(out)
-    if options.sites is not None and options.partition is None:
-        raise PlanError("--sites belongs to --partition: say how the patients are to be divided")
-    if options.noise_seed is not None and plan.private is None:
-        raise PlanError("--noise-seed belongs to a plan with a privacy guarantee: this has none")
     started, clock = datetime.now(UTC), time.monotonic()
-    require_packages(options.engine)
-    require_device(options.device)
-    plan, initial = built(plan, options.initial)
-    refuse_occupied(out, plan, resume=options.resume)
-    watch(Progress("federated", "checking the data"))
-    manifest = read_manifest(
-        Path(data),
-        plan.task,
-        table=options.table,
-        partition=options.partition,
-        sites=options.sites or 5,
-        seed=plan.training.seed,
-    )
-    unlisted = {f.case for f in manifest.findings if f.severity == "error"}
-    unlisted -= {"", *(case.name for case in manifest.cases)}
-    if unlisted:
-        text = f"{len(unlisted)} cases cannot even be listed: `fedseg-site check` names each"
-        watch(Progress("federated", text))
-    drawn, left_out = cohorts_of(
-        manifest, plan, lambda case: watch(Progress("federated", f"checking {case}"))
-    )
-    cohorts = withheld(drawn, plan.task, options.without)
-    whole = Federation(
-        plan=plan,
-        initial=initial,
-        cohorts=cohorts,
-        left_out=left_out,
-        folder=out / "federated",
-        cache=out / "cache",
-        device=options.device,
-        faults=options.faults,
-        noise_seed=options.noise_seed,
-    )
-    require_sites(whole)
-    require_measurable(cohorts)
-    pin(out, plan, fingerprint(cohorts), options.noise_seed)
+    whole, drawn = prepare(plan, Path(data), out, options, watch)
+    plan = whole.plan
     trained = {"federated": _run(whole, "federated", options, watch)}
     for name, alone in baselines_of(whole, out, options.baselines):
         trained[name] = _run(alone, name, options, watch)
@@ -129,14 +80,14 @@ def simulate(
     if own is not None:
         arms += (finetuned_arm(own, final, scorer),)
     if plan.private is not None:
-        arms += (initial_arm(initial, scorer),)
+        arms += (initial_arm(whole.initial, scorer),)
     result = StudyResult(
         plan=plan,
         plan_digest=plan.digest,
         model_digest=digest_of(final),
         split=split,
         rehearsed_faults=tuple(str(fault) for fault in options.faults),
-        sites=tuple(_summary(cohort, left_out.get(cohort.site, 0)) for cohort in cohorts),
+        sites=tuple(_summary(c, whole.left_out.get(c.site, 0)) for c in whole.cohorts),
         stages=trained["federated"].state.history,
         arms=arms,
         guarantee=_guarantee(whole, trained["federated"]),
