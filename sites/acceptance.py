@@ -20,7 +20,7 @@ from fedseg.errors import DataError, TrustError
 from fedseg.modelfile import load_model
 from fedseg.security.keys import SigningKey
 from sites.audit import record, require_words, utc_now
-from sites.folder import SiteFolder, write_note
+from sites.folder import SiteFolder
 from sites.inventory import (
     ACCEPTED,
     AGAINST,
@@ -30,6 +30,7 @@ from sites.inventory import (
     read_register,
     register_path,
 )
+from sites.notes import write_note
 
 VALIDATED = "validated"
 

@@ -23,8 +23,9 @@ from fedseg.security.keys import ReceivingKey, SealingKey, VerifyKey
 from fedseg.updates import TaskHeader
 from sites.approval import Approval, approved, frozen_record
 from sites.chronicle import Chronicle
-from sites.folder import SiteFolder, make_folder
+from sites.folder import SiteFolder
 from sites.policy import authorise, load_policy
+from sites.rights import make_folder
 from sites.rolls import accepted_roll, require_accepted, take_roll
 
 

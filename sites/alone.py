@@ -27,10 +27,10 @@ from fedseg.models.zoo import initial_model
 from fedseg.plan import StudyPlan
 from sites.audit import record, utc_now
 from sites.finetuning import UNFINISHED, require_new
-from sites.folder import as_owner_of
 from sites.heldback import House
 from sites.own_patients import Patients
 from sites.patients import PreparedPatients
+from sites.rights import as_owner_of
 
 TRAINED = "trained_locally"
 

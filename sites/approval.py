@@ -25,8 +25,9 @@ from fedseg.security.documents import (
 )
 from fedseg.security.keys import SIGNATURE_BYTES, SigningKey, VerifyKey
 from fedseg.updates import NotNegativeInt, SplitName
-from sites.folder import SiteFolder, read_note
+from sites.folder import SiteFolder
 from sites.keyring import own_identity
+from sites.notes import read_note
 
 CONTEXT = "approval"
 

@@ -9,7 +9,8 @@ from fedseg.chain import Chain, Entry, Fact
 from fedseg.errors import DataError
 from fedseg.security.documents import stamp
 from fedseg.security.keys import SigningKey
-from sites.folder import SiteFolder, as_owner_of
+from sites.folder import SiteFolder
+from sites.rights import as_owner_of
 
 
 def utc_now() -> str:

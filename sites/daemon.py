@@ -27,9 +27,11 @@ from fedseg.sole import sole
 from fedseg.supervision import Happening, Program, State, Supervisor
 from sites.approval import approved
 from sites.client import Door, status
-from sites.folder import PUBLIC_FILE, SHARED_FOLDER, SiteFolder, make_folder, write_note
+from sites.folder import SiteFolder
 from sites.listening import Place, closed_because
+from sites.notes import PUBLIC_FILE, write_note
 from sites.relay import BEGINS, Word, relay_of, what_it_says
+from sites.rights import SHARED_FOLDER, make_folder
 from sites.status import Part, SiteStatus
 
 logger = logging.getLogger(__name__)

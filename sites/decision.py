@@ -22,9 +22,11 @@ from sites.approval import Approval, CohortRecord, approved, frozen_record
 from sites.audit import record, utc_now
 from sites.enrolment import close_register, pinned_bundle
 from sites.explain import Situation
-from sites.folder import SiteFolder, as_owner_of, write_note
+from sites.folder import SiteFolder
 from sites.keyring import own_identity
+from sites.notes import write_note
 from sites.policy import authorise, load_policy, rules
+from sites.rights import as_owner_of
 from sites.rolls import accepted_roll, take_roll
 
 if TYPE_CHECKING:

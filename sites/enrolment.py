@@ -20,16 +20,10 @@ from fedseg.security.identity import MAX_BUNDLE_BYTES, Bundle, SiteIdentity, ope
 from fedseg.security.keys import SigningKey, VerifyKey
 from sites.approval import approved
 from sites.audit import record, utc_now
-from sites.folder import (
-    PUBLIC_FILE,
-    UNIX_TRAINER,
-    Link,
-    SiteFolder,
-    as_owner_of,
-    make_folder,
-    write_note,
-)
+from sites.folder import UNIX_TRAINER, Link, SiteFolder
 from sites.keyring import own_identity
+from sites.notes import PUBLIC_FILE, write_note
+from sites.rights import as_owner_of, make_folder
 from sites.rolls import RosterError, accepted_roll, take_roll
 
 _PORTS = range(20000, 32000)

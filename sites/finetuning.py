@@ -19,10 +19,10 @@ from fedseg.learning.stopping import Division, divided
 from fedseg.modelfile import load_model
 from fedseg.models.devices import require_device
 from sites.audit import record, utc_now
-from sites.folder import as_owner_of
 from sites.heldback import House
 from sites.own_patients import Patients
 from sites.patients import PreparedPatients
+from sites.rights import as_owner_of
 
 UNFINISHED = ".unfinished"
 VAIN = "finetuned_in_vain"

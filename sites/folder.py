@@ -1,35 +1,29 @@
-"""SITEDIR: where everything of one hospital's fedseg lies, and who may look at it.
+"""SITEDIR: where everything of one hospital's fedseg lies.
 
 One property a path; nothing here decides anything. `trainer/`, `studies/`, `cache/`, `models/`
 and `validations/` belong to the user that sees patients, `relay/` to the user that sees the
 network, and the relay finds all it needs in `relay/` and `run/`: neither has to look into the
-other's folders. What an administrator does as root is done as the owner of the folder it is done
-in.
+other's folders.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field
 
-from fedseg.durable import write_atomically
-from fedseg.errors import DataError, StorageError
+from fedseg.errors import DataError
 from fedseg.frozen import Frozen, Name, SiteName
+from sites.notes import read_note
 
-MAX_NOTE_BYTES = 16 * 1024 * 1024
-OPEN_FOLDER, SHARED_FOLDER, PRIVATE_FOLDER = 0o755, 0o750, 0o700
-PUBLIC_FILE, PRIVATE_FILE = 0o644, 0o600
 UNIX_TRAINER = "unix:run/trainer.sock"
 
 _STUDY = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
-Note = TypeVar("Note", bound=BaseModel)
 
 
 class SiteRecord(Frozen):
@@ -322,86 +316,3 @@ def _checked(name: str) -> str:
 def _named(notes: Iterable[Path]) -> tuple[str, ...]:
     """The studies whose folders hold these files."""
     return tuple(sorted(p.parent.name for p in notes if _STUDY.fullmatch(p.parent.name)))
-
-
-def read_note(path: Path, kind: type[Note]) -> Note:
-    """Read one of our JSON files.
-
-    Raises:
-        DataError: it is missing, cannot be read, or is not what this version writes.
-    """
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(MAX_NOTE_BYTES + 1)
-    except OSError as error:
-        raise DataError(f"cannot read {path.name}: {error.strerror}") from None
-    if len(data) > MAX_NOTE_BYTES:
-        raise DataError(f"{path.name} is larger than {MAX_NOTE_BYTES} bytes: it is not fedseg's")
-    try:
-        return kind.model_validate_json(data)
-    except ValidationError as error:
-        field = ".".join(map(str, error.errors()[0]["loc"])) or "whole"
-        raise DataError(
-            f"{path.name} is damaged or of another version of fedseg ({field}): bring it back from "
-            "a backup"
-        ) from None
-
-
-def write_note(path: Path, note: BaseModel | bytes, mode: int = PRIVATE_FILE) -> None:
-    """Write a file whole or not at all, for the owner of its folder.
-
-    Raises:
-        StorageError: it could not be written; the one before it is untouched.
-    """
-    data = note if isinstance(note, bytes) else note.model_dump_json(indent=1).encode() + b"\n"
-    with as_owner_of(path.parent):
-        write_atomically(path, data, mode)
-
-
-def make_folder(path: Path, mode: int = PRIVATE_FOLDER) -> Path:
-    """Make a folder of this mode, for the owner of its parent; one that is there gets no wider.
-
-    Raises:
-        StorageError: no right to make it there.
-    """
-    try:
-        with as_owner_of(path.parent):
-            if not path.is_dir():
-                path.mkdir(parents=True, mode=mode)
-                path.chmod(mode)
-            wider = path.stat().st_mode & 0o777 & ~mode
-            if wider:
-                path.chmod(path.stat().st_mode & mode)
-    except OSError as error:
-        raise StorageError(
-            f"cannot make the folder {path.name} ({error.strerror}): run this as the user to whom "
-            f"{path.parent.name} belongs, or as root"
-        ) from None
-    return path
-
-
-@contextmanager
-def as_owner_of(folder: Path) -> Iterator[None]:
-    """As root, act with the rights of a folder's owner and no more; else as whoever one is.
-
-    So what root writes belongs to the user that will need it, and a link that such a user lays
-    leads nowhere that the user could not go alone: it counts as the user's, whatever it points to.
-    For a process with one thread.
-    """
-    while not folder.exists():
-        folder = folder.parent
-    owner, groups, group = folder.lstat(), os.getgroups(), os.getegid()
-    if owner.st_uid == 0:  # a folder, or a link that root has laid
-        owner = folder.stat()
-    if os.geteuid() != 0 or owner.st_uid == 0:
-        yield
-        return
-    os.setgroups([])
-    os.setegid(owner.st_gid)
-    os.seteuid(owner.st_uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(group)
-        os.setgroups(groups)

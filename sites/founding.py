@@ -13,18 +13,10 @@ from fedseg.security.identity import COORDINATOR, SiteIdentity, make_request
 from fedseg.security.keys import ReceivingKey, SigningKey, save_key
 from fedseg.security.nodekeys import make_node_key
 from sites.audit import record
-from sites.folder import (
-    OPEN_FOLDER,
-    PRIVATE_FOLDER,
-    PUBLIC_FILE,
-    SHARED_FOLDER,
-    SiteFolder,
-    SiteRecord,
-    as_owner_of,
-    make_folder,
-    write_note,
-)
+from sites.folder import SiteFolder, SiteRecord
+from sites.notes import PUBLIC_FILE, write_note
 from sites.policy import TEMPLATE
+from sites.rights import OPEN_FOLDER, PRIVATE_FOLDER, SHARED_FOLDER, as_owner_of, make_folder
 
 
 def found(folder: SiteFolder, name: str, now: str, passphrase: bytes | None = None) -> SiteIdentity:

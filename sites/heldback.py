@@ -24,7 +24,8 @@ from sites.approval import frozen_record
 from sites.audit import utc_now
 from sites.cohort import Progress, choose_cohort, recorded_cohort
 from sites.enrolment import pinned_bundle
-from sites.folder import SiteFolder, as_owner_of
+from sites.folder import SiteFolder
+from sites.rights import as_owner_of
 
 if TYPE_CHECKING:
     from fedseg.security.keys import SigningKey

@@ -29,8 +29,9 @@ from fedseg.security.documents import (
     to_text,
 )
 from fedseg.security.keys import SIGNATURE_BYTES, SigningKey, VerifyKey
-from sites.folder import SiteFolder, read_note
+from sites.folder import SiteFolder
 from sites.keyring import own_identity
+from sites.notes import read_note
 
 CONTEXT = "accepted models"
 ACCEPTED, AGAINST, REJECTED = "model_accepted", "model_accepted_by_override", "model_rejected"

@@ -6,7 +6,8 @@ from fedseg.errors import DataError, TrustError
 from fedseg.security.identity import SiteIdentity, open_request
 from fedseg.security.keys import SigningKey, is_encrypted, load_signing_key
 from fedseg.shell import passphrase
-from sites.folder import MAX_NOTE_BYTES, SiteFolder
+from sites.folder import SiteFolder
+from sites.notes import MAX_NOTE_BYTES
 
 
 def own_identity(folder: SiteFolder) -> SiteIdentity:

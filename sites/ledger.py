@@ -4,7 +4,7 @@ The file and its secret lie with the trainer's keys, and the site's audit is its
 when the first plan with a guarantee is approved and never again: where the audit knows of a ledger
 and there is none, somebody lost or removed it, and nothing goes on before `ledger restore`. A study
 is registered before its approval is written, so that no approved private plan lacks a register.
-Callers act as the owner of `trainer/`; see `sites.folder.as_owner_of`.
+Callers act as the owner of `trainer/`; see `sites.rights.as_owner_of`.
 """
 
 from __future__ import annotations

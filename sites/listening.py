@@ -33,10 +33,11 @@ from fedseg.shell import passphrase
 from fedseg.sole import sole
 from sites.audit import utc_now
 from sites.chronicle import Chronicle
-from sites.folder import SHARED_FOLDER, SiteFolder, make_folder
+from sites.folder import SiteFolder
 from sites.gate import Gate, Keys
 from sites.keyring import own_identity
 from sites.policy import load_policy, open_at
+from sites.rights import SHARED_FOLDER, make_folder
 from sites.service import Desk, make_service
 from sites.socketpath import socket_address
 from sites.worker import make_trainer

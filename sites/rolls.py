@@ -15,7 +15,8 @@ from fedseg.errors import DataError, TrustError
 from fedseg.security.identity import MAX_ROLL_BYTES, SignedRoll, SiteIdentity, open_roll
 from fedseg.security.keys import VerifyKey
 from sites.approval import Approval
-from sites.folder import SiteFolder, write_note
+from sites.folder import SiteFolder
+from sites.notes import write_note
 
 
 class RosterError(TrustError):

@@ -41,9 +41,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from fedseg.errors import DataError, FedsegError
 from fedseg.logs import without_its_text
 from sites.admission import StrangerError
-from sites.folder import SiteFolder, make_folder
+from sites.folder import SiteFolder
 from sites.gate import Doing, FloodError, Gate
 from sites.outbox import Answer, Ready
+from sites.rights import make_folder
 
 logger = logging.getLogger(__name__)
 

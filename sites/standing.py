@@ -14,7 +14,8 @@ from sites.answers import Answers
 from sites.approval import approved
 from sites.client import Door
 from sites.client import status as ask_status
-from sites.folder import SiteFolder, read_note
+from sites.folder import SiteFolder
+from sites.notes import read_note
 from sites.status import SiteStatus
 
 

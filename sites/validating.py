@@ -39,8 +39,10 @@ from fedseg.modelfile import ModelHeader, load_model
 from fedseg.models.devices import require_device
 from fedseg.models.zoo import build_network, load_tensors
 from sites.audit import record, utc_now
-from sites.folder import SiteFolder, as_owner_of, make_folder, write_note
+from sites.folder import SiteFolder
 from sites.heldback import HeldBack, House
+from sites.notes import write_note
+from sites.rights import as_owner_of, make_folder
 
 if TYPE_CHECKING:
     from fedseg.imaging.cases import Case

@@ -21,7 +21,9 @@ from rich.text import Text
 from fedseg.errors import DataError
 from fedseg.sole import holder
 from sites.commands.options import HERE, SiteOption, StudyArgument, open_site
-from sites.folder import SHARED_FOLDER, SiteFolder, make_folder, write_note
+from sites.folder import SiteFolder
+from sites.notes import write_note
+from sites.rights import SHARED_FOLDER, make_folder
 
 ListenOption = Annotated[
     str | None,

@@ -21,9 +21,11 @@ from fedseg.errors import DataError
 from fedseg.sole import sole
 from sites.audit import require_words, utc_now
 from sites.commands.options import HERE, SiteOption, StudyArgument, open_site
-from sites.folder import SiteFolder, as_owner_of, write_note
+from sites.folder import SiteFolder
 from sites.keyring import open_signing_key
+from sites.notes import write_note
 from sites.policy import limits_of, load_policy
+from sites.rights import as_owner_of
 
 if TYPE_CHECKING:
     from fedseg.privacy.ledger import Ledger

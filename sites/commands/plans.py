@@ -16,7 +16,8 @@ from fedseg.errors import DataError
 from fedseg.shell import progress_bar
 from sites.audit import require_words
 from sites.commands.options import HERE, SiteOption, StudyArgument, open_site
-from sites.folder import SiteFolder, as_owner_of
+from sites.folder import SiteFolder
+from sites.rights import as_owner_of
 
 if TYPE_CHECKING:
     from fedseg.imaging.cases import Cohort

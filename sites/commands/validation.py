@@ -19,7 +19,8 @@ from fedseg.errors import DataError
 from fedseg.shell import progress_bar
 from sites.commands.models import model_file
 from sites.commands.options import HERE, SiteOption
-from sites.folder import SiteFolder, as_owner_of
+from sites.folder import SiteFolder
+from sites.rights import as_owner_of
 
 if TYPE_CHECKING:
     from fedseg.evaluation.evidence import Estimate

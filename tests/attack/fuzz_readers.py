@@ -28,7 +28,8 @@ from fedseg.security.envelope import open_bytes, read_header
 from fedseg.security.identity import make_request, open_bundle, open_request, open_roll, sign_roll
 from fedseg.security.keys import SealingKey, VerifyKey
 from fedseg.updates import TaskHeader, open_answer, open_task, seal_task, task_digest
-from sites.folder import Link, read_note
+from sites.folder import Link
+from sites.notes import read_note
 from sites.policy import TEMPLATE, load_policy
 
 

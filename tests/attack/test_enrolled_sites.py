@@ -21,7 +21,7 @@ from sites.approval import Approval, CohortRecord, approved
 from sites.cohort import choose_cohort, load_cohort
 from sites.decision import approve, lists_of, situation_of
 from sites.enrolment import join, open_offer, pinned_bundle
-from sites.folder import read_note, write_note
+from sites.notes import read_note, write_note
 
 B, C = Party("hospital_b"), Party("hospital_c")
 NAMES = ("scan_one", "scan_two", "scan_three", "scan_four")

@@ -32,7 +32,7 @@ from sites import cli
 from sites.approval import Approval, frozen_record
 from sites.approval import approved as approval_of
 from sites.cohort import choose_cohort, load_cohort
-from sites.folder import write_note
+from sites.notes import write_note
 from sites.policy import TEMPLATE, limits_of, load_policy
 from sites.spending import Account
 from sites.trainer import Trainer

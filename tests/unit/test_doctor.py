@@ -33,9 +33,10 @@ from sites.cohort import choose_cohort
 from sites.decision import approve
 from sites.doctor import Half, examine
 from sites.enrolment import join, open_offer
-from sites.folder import SiteFolder, write_note
+from sites.folder import SiteFolder
 from sites.founding import found
 from sites.keyring import open_signing_key
+from sites.notes import write_note
 
 REAL_NOW = datetime.now(UTC)
 STUDY = "tiny"

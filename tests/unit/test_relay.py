@@ -15,7 +15,8 @@ import pytest
 from fedseg.errors import DataError
 from fedseg.security.certificates import make_ca
 from fedseg.security.nodekeys import make_node_key
-from sites.folder import Link, SiteFolder, write_note
+from sites.folder import Link, SiteFolder
+from sites.notes import write_note
 from sites.relay import BEGINS, OURSELVES, relay_of, what_it_says
 
 OUTSIDE = {

@@ -8,9 +8,10 @@ import pytest
 
 from sites import daemon as module
 from sites.daemon import Daemon
-from sites.folder import SiteFolder, read_note
+from sites.folder import SiteFolder
 from sites.founding import found
 from sites.listening import Place
+from sites.notes import read_note
 from sites.status import SiteStatus
 
 

@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 from fedseg.errors import DataError, StorageError
 from sites import cli
 from sites.cohort import choose_cohort
-from sites.folder import Link, SiteFolder, SiteRecord, make_folder, read_note, write_note
+from sites.folder import Link, SiteFolder, SiteRecord
+from sites.notes import read_note, write_note
+from sites.rights import make_folder
 
 
 def test_a_study_cannot_be_named_out_of_its_folder(tmp_path: Path) -> None:
