@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from fedseg.chain import verify_chain
 from fedseg.errors import DataError, TrustError
-from fedseg.modelfile import load_model
+from fedseg.modelfile import ModelHeader, load_model
 from fedseg.security.keys import SigningKey
 from sites.audit import record, require_words, utc_now
 from sites.folder import SiteFolder
@@ -108,19 +108,8 @@ def accept(
             f"a validation of {path.name} says {opinion.verdict if opinion else ''!s}: --override "
             "is not needed, and would be audited as if it were; leave it out"
         )
-    decision = Decision(
-        study=header.plan.study,
-        file=path.name,
-        model=header.model_digest,
-        plan=header.plan_digest,
-        arm=header.arm,
-        accepted=True,
-        at=now(),
-        reason=reason,
-        validation=opinion.digest if opinion else None,
-        verdict=opinion.verdict if opinion else None,
-        override=override,
-    )
+    decided = _decision(path, header, opinion, reason, now)
+    decision = decided.model_copy(update={"accepted": True, "override": override})
     before = read_register(folder).in_use(decision.study)
     _write(folder, decision, key, AGAINST if override else ACCEPTED, now)
     return decision, before
@@ -146,7 +135,17 @@ def reject(
     require_words(reason, "--reason")
     header, _ = load_model(path)
     opinion = opinion_of(folder, header.model_digest)
-    decision = Decision(
+    decision = _decision(path, header, opinion, reason, now)
+    before = read_register(folder).in_use(decision.study)
+    after = _write(folder, decision, key, REJECTED, now)
+    return decision, before is not None and after is None
+
+
+def _decision(
+    path: Path, header: ModelHeader, opinion: Opinion | None, reason: str, now: Callable[[], str]
+) -> Decision:
+    """A decision on a model, which is not to accept it."""
+    return Decision(
         study=header.plan.study,
         file=path.name,
         model=header.model_digest,
@@ -158,9 +157,6 @@ def reject(
         validation=opinion.digest if opinion else None,
         verdict=opinion.verdict if opinion else None,
     )
-    before = read_register(folder).in_use(decision.study)
-    after = _write(folder, decision, key, REJECTED, now)
-    return decision, before is not None and after is None
 
 
 def _require_audited(folder: SiteFolder, key: SigningKey, opinion: Opinion, model: str) -> None:

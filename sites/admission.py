@@ -11,6 +11,7 @@ import mmap
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -31,6 +32,18 @@ from sites.rolls import accepted_roll, require_accepted, take_roll
 
 class StrangerError(TrustError):
     """An envelope that is not the study's: it gets no answer."""
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """What a task is worked on by, for as long as `require_still` holds.
+
+    Attributes:
+        annotated: the plan's labels that the hospital declares to annotate; None is all of them.
+    """
+
+    approval: Approval
+    annotated: tuple[str, ...] | None
 
 
 class Admission:
@@ -99,7 +112,7 @@ class Admission:
         except TrustError:
             return None
 
-    def approval(self, header: EnvelopeHeader) -> Approval:
+    def admitted(self, header: EnvelopeHeader) -> Admitted:
         """What the hospital approved, if it is the task's plan and its rules still allow it.
 
         Raises:
@@ -114,7 +127,7 @@ class Admission:
         record = frozen_record(self._folder, self._study, self._plan.digest)
         patients = record.patients.get("train", 0) if record else 0
         authorise(load_policy(self._folder.policy), self._plan, patients)
-        return approval
+        return Admitted(approval, record.annotated if record else None)
 
     def require_still(self, approval: Approval) -> None:
         """Refuse to answer where the hospital has taken its yes back since the work began.

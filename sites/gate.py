@@ -29,9 +29,8 @@ from fedseg.security.envelope import EnvelopeHeader, envelope_limit
 from fedseg.security.identity import SiteIdentity
 from fedseg.security.keys import ReceivingKey, SigningKey, VerifyKey
 from fedseg.updates import RefusalCode, TaskHeader, require_place, task_limit
-from sites.admission import Admission
+from sites.admission import Admission, Admitted
 from sites.answers import Answers, Slot
-from sites.approval import frozen_record
 from sites.chronicle import Chronicle
 from sites.client import Clock
 from sites.departures import EVENT
@@ -212,7 +211,8 @@ class Gate:
         self, header: EnvelopeHeader, said: TaskHeader | None, task: mmap.mmap, came: float
     ) -> Ready:
         """Check an authentic task against what was approved, and answer it."""
-        approval = self._admission.approval(header)
+        admitted = self._admission.admitted(header)
+        approval = admitted.approval
         self._worker.read_ledger(said.stage if said else None)
         if said is None:
             raise TrustError("what the study's key signed is no task")
@@ -225,7 +225,7 @@ class Gate:
         if plain is not None:
             if not self._provoked("repeated", **facts, digest=header.about):
                 raise FloodError("a task is repeated without end")
-            out = self._outgoing(plain)
+            out = self._outgoing(plain, admitted)
             return self._outbox.ready(header, said, plain, out, approval, due, repeated=True)
         attempts = None if said.stage in FREE_STAGES else self._plan.aggregation.attempts
         self._answers.begin(slot, name, attempts, attempt=attempt_of(said, approval))
@@ -236,7 +236,7 @@ class Gate:
             self._held = (self.doing, due)
         plain = self._worker.work(task, said.stage, approval)
         self._admission.require_still(approval)
-        out = self._outgoing(plain)
+        out = self._outgoing(plain, admitted)
         self._answers.keep(slot, name, plain)
         ready = self._outbox.ready(header, said, plain, out, approval, due)
         late_s = self.clock.now() - due if due > came else 0.0
@@ -260,11 +260,10 @@ class Gate:
         """How long after its task an answer leaves."""
         return self._plan.private.release_after_s if self._plan.private else 0.0
 
-    def _outgoing(self, plain: bytes) -> Outgoing:
-        """Look at an answer by the hospital's own rule, as it stands now."""
+    def _outgoing(self, plain: bytes, admitted: Admitted) -> Outgoing:
+        """Look at an answer by the hospital's own rule, which may be stricter than it was."""
         least = load_policy(self._folder.policy).suppress_below
-        record = frozen_record(self._folder, self._study, self._plan.digest)
-        return outgoing(plain, self._plan, least, None if record is None else record.annotated)
+        return outgoing(plain, self._plan, least, admitted.annotated)
 
     def _forget_if_left(self) -> None:
         """Remove what working on a task has written into a study that was left meanwhile."""

@@ -42,7 +42,7 @@ from fedseg.learning.strategies import (
     what_changed,
 )
 from fedseg.logs import without_its_text
-from fedseg.modelfile import ModelHeader, load_model, save_model
+from fedseg.modelfile import load_model, save_model
 from fedseg.models.parts import freeze, require_division
 from fedseg.models.zoo import build_network, load_tensors
 from fedseg.plan import StudyPlan
@@ -316,25 +316,28 @@ class Trainer:
     def _receive(self, header: TaskHeader, model: Arrays) -> Received:
         """Store the released model where the hospital finds it, once it fits the network."""
         load_tensors(self._network, model)
-        path, plan = self._model_file, self._plan
-        self._refuse_another(path, header)
-        seeded = plan.private is not None and not self._noise("release").private
+        self._refuse_another(self._model_file, header)
         memory = self._memories.before(header.round + 1)
-        released = header.model if memory.personal else None
-        arm = "personal" if memory.personal else "federated"
-        usable = begun_from(model, memory)
-        told = save_model(
-            path, plan, usable, arm=arm, rounds=header.round, seeded=seeded, released=released
-        )
-        _describe(told, path)
+        usable, personal = begun_from(model, memory), bool(memory.personal)
+        self._keep(self._model_file, usable, header, personal=personal)
         if memory.own:
-            own = path.with_name(f"{plan.study}-own.safetensors")
-            told = save_model(
-                own, plan, memory.own, arm="personal", rounds=header.round, released=header.model
-            )
-            _describe(told, own)
+            own = self._model_file.with_name(f"{self._plan.study}-own.safetensors")
+            self._keep(own, memory.own, header, personal=True)
         self._journal.write("received", round=header.round, model=header.model)
         return Received(model=digest_of(model))
+
+    def _keep(self, path: Path, model: Arrays, header: TaskHeader, *, personal: bool) -> None:
+        """Write a model and, beside it, its card: what a hospital knows of it."""
+        told = save_model(
+            path,
+            self._plan,
+            model,
+            arm="personal" if personal else "federated",
+            rounds=header.round,
+            seeded=self._plan.private is not None and not self._noise("release").private,
+            released=header.model if personal else None,
+        )
+        write_card(card_of_model(told, path.name), path.with_name(f"{path.stem}-card.md"))
 
     def _refuse_another(self, path: Path, header: TaskHeader) -> None:
         """A study has one final model: who has the study key cannot exchange it in use."""
@@ -347,11 +350,6 @@ class Trainer:
                 "another final model of this study came than the one that is kept in "
                 f"models/{path.name}; move that file away if the consortium says that it was wrong"
             )
-
-
-def _describe(told: ModelHeader, path: Path) -> None:
-    """Write a released model's card beside it: what a hospital knows of it."""
-    write_card(card_of_model(told, path.name), path.with_name(f"{path.stem}-card.md"))
 
 
 def _code_of(error: Exception) -> RefusalCode:
