@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,8 +14,13 @@ from fedseg.errors import DataError
 from fedseg.shell import progress_bar
 from sites.commands.models import model_file
 from sites.commands.options import HERE, SiteOption
-from sites.folder import SiteFolder
-from sites.keyring import open_signing_key
+from sites.commands.own_data import (
+    CacheOption,
+    RowOption,
+    TableOption,
+    cache_or_temporary,
+    house_at,
+)
 
 if TYPE_CHECKING:
     from fedseg.learning.finetuned import Finetuned
@@ -44,12 +48,8 @@ def finetune(
         Path | None,
         typer.Option(help="A data folder; by default the one approved with the model's plan."),
     ] = None,
-    table: Annotated[
-        str | None, typer.Option(help="CSV in the data folder to use instead of sites.csv.")
-    ] = None,
-    row: Annotated[
-        str | None, typer.Option(help="What the data call this hospital, where they name several.")
-    ] = None,
+    table: TableOption = None,
+    row: RowOption = None,
     kind: Annotated[
         Literal["full", "head", "norms", "adapters", "ditto"],
         typer.Option(help="What is trained; ditto is pulled towards the shared model."),
@@ -75,9 +75,7 @@ def finetune(
         Path | None,
         typer.Option(help="A new model file; by default models/STUDY-finetuned.safetensors."),
     ] = None,
-    cache: Annotated[
-        Path | None, typer.Option(help="Keep prepared cases here (without a site).")
-    ] = None,
+    cache: CacheOption = None,
     device: Device = "cpu",
     site: SiteOption = HERE,
 ) -> None:
@@ -92,7 +90,7 @@ def finetune(
     from fedseg.modelfile import load_model
     from sites.finetuning import finetune_here, require_new
 
-    owner = _owner(site, data)
+    owner = house_at(site, data)
     start = model_file(model, site)
     plan = load_model(start)[0].plan
     out = out or _usual_out(owner, plan)
@@ -109,28 +107,14 @@ def finetune(
     )
     patients = _patients(owner, plan, data, table, row)
     with ExitStack() as stack:
-        if owner is not None:
-            cache = owner.folder.cache
-        elif cache is None:
-            temporary = tempfile.TemporaryDirectory(prefix="fedseg-cache-")
-            cache = Path(stack.enter_context(temporary)) / "cache"
+        prepared = owner.folder.cache if owner else cache_or_temporary(cache, stack)
         advance = stack.enter_context(progress_bar("fine-tuning", looks(plan, settings)))
         tuned, parts = finetune_here(
             start, patients, settings,
-            out=out, cache=cache, owner=owner, device=device, progress=lambda _state: advance(""),
+            out=out, cache=prepared, owner=owner, device=device,
+            progress=lambda _state: advance(""),
         )  # fmt: skip
     _tell(tuned, parts, patients, out, settings.check_every)
-
-
-def _owner(site: Path, data: Path | None) -> House | None:
-    """The hospital whose folder this is, or None for a researcher with a data folder."""
-    from sites.heldback import House
-
-    folder = SiteFolder(site)
-    if data is not None and not folder.site.exists():
-        return None
-    folder.record  # noqa: B018  raises where it is none
-    return House(folder, open_signing_key(folder))
 
 
 def _usual_out(owner: House | None, plan: StudyPlan) -> Path:

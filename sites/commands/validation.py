@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,13 @@ from fedseg.errors import DataError
 from fedseg.shell import progress_bar
 from sites.commands.models import model_file
 from sites.commands.options import HERE, SiteOption
-from sites.folder import SiteFolder
+from sites.commands.own_data import (
+    CacheOption,
+    RowOption,
+    TableOption,
+    cache_or_temporary,
+    house_at,
+)
 from sites.rights import as_owner_of
 
 if TYPE_CHECKING:
@@ -61,12 +66,8 @@ def validate(
             help="A data folder; by default the one approved with the first MODEL's plan."
         ),
     ] = None,
-    table: Annotated[
-        str | None, typer.Option(help="CSV in the data folder to use instead of sites.csv.")
-    ] = None,
-    row: Annotated[
-        str | None, typer.Option(help="What the data call this hospital, where they name several.")
-    ] = None,
+    table: TableOption = None,
+    row: RowOption = None,
     lesions: Annotated[
         list[str] | None,
         typer.Option(metavar="LABEL", help="This label is lesions, to be counted; repeatable."),
@@ -81,9 +82,7 @@ def validate(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the result, where there is no site.")
     ] = None,
-    cache: Annotated[
-        Path | None, typer.Option(help="Keep prepared cases here, where there is no site.")
-    ] = None,
+    cache: CacheOption = None,
     device: Device = "cpu",
     site: SiteOption = HERE,
 ) -> None:
@@ -97,7 +96,7 @@ def validate(
     from sites.heldback import Source, held_back
     from sites.validating import Wanted, entrants, keep, validate_here
 
-    house, created = _house(site, data), utc_now()
+    house, created = house_at(site, data), utc_now()
     if house is not None and (policy or out or cache):
         raise DataError(
             "--policy, --out and --cache are for a data folder without a site: a site's own are in "
@@ -171,10 +170,7 @@ def _without_site(out: Path, cache: Path | None, stack: ExitStack) -> _Places:
 
     if (out / RESULT).exists():
         raise DataError(f"{out.name} has a {RESULT} already: name another folder with --out")
-    if cache is None:
-        temporary = tempfile.TemporaryDirectory(prefix="fedseg-cache-")
-        cache = Path(stack.enter_context(temporary)) / "cache"
-    return _Places(out, out / MEASURED, cache)
+    return _Places(out, out / MEASURED, cache_or_temporary(cache, stack))
 
 
 def _rules(path: Path | None) -> Policy:
@@ -182,18 +178,6 @@ def _rules(path: Path | None) -> Policy:
     from sites.policy import Policy, load_policy
 
     return Policy() if path is None else load_policy(path)
-
-
-def _house(site: Path, data: Path | None) -> House | None:
-    """The hospital whose folder this is, or None for a researcher with a data folder."""
-    from sites.heldback import House
-    from sites.keyring import open_signing_key
-
-    folder = SiteFolder(site)
-    if data is not None and not folder.site.exists():
-        return None
-    folder.record  # noqa: B018  raises where it is none
-    return House(folder, open_signing_key(folder))
 
 
 def _show(result: ValidationResult, place: Path) -> None:
