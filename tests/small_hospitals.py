@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 from small_plans import values
 
 from fedseg.arrays import Arrays, digest_of
@@ -217,6 +219,30 @@ def hospital(
     joined(folder, consortium, roll, **where)
     approved(folder, consortium, data)
     return Hospital(folder, consortium, roll, own)
+
+
+def copied(founded: Hospital, path: Path) -> Hospital:
+    """The same hospital in a folder of its own."""
+    shutil.copytree(founded.folder.path, path)
+    return Hospital(SiteFolder(path), founded.consortium, founded.roll, founded.own)
+
+
+@pytest.fixture(scope="module", name="data")
+def fixture_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three patients of one hospital, two of them held back."""
+    return phantoms(tmp_path_factory.mktemp("phantoms"))
+
+
+@pytest.fixture(scope="module", name="founded")
+def fixture_founded(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Hospital:
+    """A hospital that has approved a study; tests have copies of it."""
+    return hospital(tmp_path_factory.mktemp("founded") / "site", data)
+
+
+@pytest.fixture(name="site")
+def fixture_site(founded: Hospital, tmp_path: Path) -> Hospital:
+    """A hospital that has approved a study and answered nothing yet."""
+    return copied(founded, tmp_path / "site")
 
 
 def joined(folder: SiteFolder, consortium: Consortium, roll: SignedRoll, **where: Any) -> None:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import small_hospitals
-from small_hospitals import NAME, NOW, Consortium, Hospital, approved, joined, phantoms, text
+from small_hospitals import (
+    NAME,
+    NOW,
+    Consortium,
+    Hospital,
+    approved,
+    copied,
+    joined,
+    phantoms,
+    text,
+)
 
 from fedseg.models.zoo import initial_model
 from fedseg.plan import StudyPlan
@@ -80,9 +89,7 @@ def fixture_founded(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Hos
 @pytest.fixture(name="site")
 def fixture_site(founded: Hospital, tmp_path: Path) -> Hospital:
     """A hospital that has approved a private plan and answered nothing yet."""
-    copied = SiteFolder(tmp_path / "site")
-    shutil.copytree(founded.folder.path, copied.path)
-    return Hospital(copied, founded.consortium, founded.roll, founded.own)
+    return copied(founded, tmp_path / "site")
 
 
 def ledger_of(site: Hospital) -> Ledger:

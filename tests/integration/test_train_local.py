@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,8 @@ from small_hospitals import (
     STUDY,
     Consortium,
     Hospital,
+    fixture_founded,  # noqa: F401
+    fixture_site,  # noqa: F401
     hospital,
     phantoms,
     tiny_built,
@@ -57,18 +58,6 @@ def at(site: Hospital, *words: object) -> Result:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return phantoms(tmp_path_factory.mktemp("phantoms"), patients=6)
-
-
-@pytest.fixture(scope="module")
-def founded(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Hospital:
-    return hospital(tmp_path_factory.mktemp("founded") / "site", data)
-
-
-@pytest.fixture
-def site(founded: Hospital, tmp_path: Path) -> Hospital:
-    copy = type(founded.folder)(tmp_path / "site")
-    shutil.copytree(founded.folder.path, copy.path)
-    return Hospital(copy, founded.consortium, founded.roll, founded.own)
 
 
 def changed(plan: StudyPlan, **sections: dict[str, Any]) -> StudyPlan:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from small_hospitals import NOW, Hospital, approved, hospital, phantoms
+from small_hospitals import (
+    NOW,
+    Hospital,
+    approved,
+    fixture_data,  # noqa: F401
+    fixture_founded,  # noqa: F401
+    fixture_site,  # noqa: F401
+    phantoms,
+)
 from small_parties import Party
 
 from fedseg.arrays import digest_of
@@ -22,24 +29,6 @@ from sites.enrolment import leave
 from sites.gate import Gate
 from sites.standing import standing
 from sites.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return phantoms(tmp_path_factory.mktemp("phantoms"))
-
-
-@pytest.fixture(scope="module")
-def founded(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Hospital:
-    return hospital(tmp_path_factory.mktemp("founded") / "site", data)
-
-
-@pytest.fixture
-def site(founded: Hospital, tmp_path: Path) -> Hospital:
-    """A hospital that has answered nothing yet."""
-    copy = type(founded.folder)(tmp_path / "site")
-    shutil.copytree(founded.folder.path, copy.path)
-    return Hospital(copy, founded.consortium, founded.roll, founded.own)
 
 
 def test_a_study_from_enlisting_to_the_final_model(site: Hospital) -> None:

@@ -12,7 +12,14 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
-from small_hospitals import STUDY, Hospital, hospital, phantoms, text
+from small_hospitals import (
+    STUDY,
+    Hospital,
+    fixture_data,  # noqa: F401
+    fixture_founded,  # noqa: F401
+    fixture_site,  # noqa: F401
+    text,
+)
 from typer.testing import CliRunner, Result
 from validation_results import make_validation
 
@@ -73,23 +80,6 @@ def validated(site: Hospital, name: str, *models: str, when: str = "1", **change
     facts = {"name": name, "validation": digest, "models": list(models)}
     Chain(chain, site.signing, lambda: text(site.now)).append("validated", **facts)
     return path
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return phantoms(tmp_path_factory.mktemp("phantoms"))
-
-
-@pytest.fixture(scope="module")
-def founded(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Hospital:
-    return hospital(tmp_path_factory.mktemp("founded") / "site", data)
-
-
-@pytest.fixture
-def site(founded: Hospital, tmp_path: Path) -> Hospital:
-    copy = type(founded.folder)(tmp_path / "site")
-    shutil.copytree(founded.folder.path, copy.path)
-    return Hospital(copy, founded.consortium, founded.roll, founded.own)
 
 
 class TestAccept:

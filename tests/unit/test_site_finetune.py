@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_hospitals import NAME, STUDY, Hospital, hospital, phantoms
+from small_hospitals import NAME, STUDY, Hospital, copied, hospital, phantoms
 from small_private_sites import private_hospital
 from typer.testing import CliRunner, Result
 
@@ -51,7 +51,7 @@ def founded(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Hospital:
 
 @pytest.fixture
 def site(founded: Hospital, tmp_path: Path) -> Hospital:
-    return copied(founded, tmp_path)
+    return copied(founded, tmp_path / "site")
 
 
 def received(site: Hospital) -> Hospital:
@@ -59,12 +59,6 @@ def received(site: Hospital) -> Hospital:
     plan, model = site.consortium.plan, site.consortium.model
     save_model(site.folder.model(STUDY), plan, model, arm="federated", rounds=3)
     return site
-
-
-def copied(founded: Hospital, path: Path) -> Hospital:
-    copy = type(founded.folder)(path / "site")
-    shutil.copytree(founded.folder.path, copy.path)
-    return Hospital(copy, founded.consortium, founded.roll, founded.own)
 
 
 def test_a_hospital_fine_tunes_on_what_it_approved(site: Hospital) -> None:
