@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,14 @@ from unittest.mock import patch
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_hospitals import NAME, Consortium, Hospital, hospital, phantoms
+from small_hospitals import (
+    NAME,
+    Consortium,
+    Hospital,
+    fixture_data,  # noqa: F401
+    fixture_founded,  # noqa: F401
+    fixture_site,  # noqa: F401
+)
 from small_parties import Party
 
 from fedseg.errors import StorageError
@@ -31,20 +37,6 @@ from sites.chronicle import SINGLY
 from sites.gate import FloodError, Gate
 from sites.outbox import Outbox
 from sites.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def founded(tmp_path_factory: pytest.TempPathFactory) -> Hospital:
-    data = phantoms(tmp_path_factory.mktemp("phantoms"))
-    return hospital(tmp_path_factory.mktemp("founded") / "site", data)
-
-
-@pytest.fixture
-def site(founded: Hospital, tmp_path: Path) -> Hospital:
-    """A hospital that has answered nothing yet."""
-    copy = type(founded.folder)(tmp_path / "site")
-    shutil.copytree(founded.folder.path, copy.path)
-    return Hospital(copy, founded.consortium, founded.roll, founded.own)
 
 
 @pytest.fixture

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import stat
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from small_hospitals import (
     tiny_built,
 )
 from small_private_sites import private_hospital
+from tiny_studies import environment
 from typer.testing import CliRunner, Result
 
 from fedseg.alone import plan_alone
@@ -148,6 +153,42 @@ def test_a_kill_changes_no_byte_and_repeats_no_round(
     assert trained == [1, 2, 3, *range(3, site.consortium.plan.aggregation.rounds + 1)]
     assert again.read_bytes() == (tmp_path / "whole").read_bytes()
     assert not again.with_name("again.unfinished").exists()
+
+
+def size_and_time(path: Path) -> tuple[int, int] | None:
+    """What shows that a file was written anew; None where there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        found = path.stat()
+        return found.st_size, found.st_mtime_ns
+    return None
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on_with_the_same_bits(data: Path, tmp_path: Path) -> None:
+    """SIGKILL as soon as something is kept, again and again, until the command comes to its end."""
+    plan, model = tiny_built()
+    plan = changed(plan, aggregation={"rounds": 6}, training={"steps_per_round": 20})
+    site = hospital(tmp_path / "site", data, Consortium(plan, model))
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    at(site, "--out", whole)
+    kept, kills = again.with_name("again.unfinished"), 0
+    words = ["train-local", STUDY, "--out", str(again), "--site", str(site.folder.path)]
+    while not again.exists():
+        before = size_and_time(kept)
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from sites.cli import main; main()", *words],
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while process.poll() is None and size_and_time(kept) == before:
+            time.sleep(0.001)
+        if process.poll() is None and kills < 3:
+            process.kill()
+            kills += 1
+        process.wait()
+    assert kills >= 2 and not kept.exists()
+    assert again.read_bytes() == whole.read_bytes()
 
 
 def test_what_was_begun_with_other_patients_is_not_gone_on_with(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 import threading
 import time
@@ -11,7 +10,12 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from small_hospitals import Hospital, hospital, phantoms
+from small_hospitals import (
+    Hospital,
+    copied,
+    fixture_data,  # noqa: F401
+    fixture_founded,  # noqa: F401
+)
 
 from fedseg.errors import DataError, RoundError, TrustError
 from sites import service
@@ -21,18 +25,10 @@ from sites.listening import Place, closed_because, make_server, opened_place
 from sites.service import Desk
 
 
-@pytest.fixture(scope="module")
-def founded(tmp_path_factory: pytest.TempPathFactory) -> Hospital:
-    data = phantoms(tmp_path_factory.mktemp("phantoms"))
-    return hospital(tmp_path_factory.mktemp("founded") / "site", data)
-
-
 @pytest.fixture
 def site(founded: Hospital, tmp_path: Path) -> Hospital:
     """A hospital that has answered nothing yet."""
-    copy = type(founded.folder)(tmp_path / "s")
-    shutil.copytree(founded.folder.path, copy.path)
-    return Hospital(copy, founded.consortium, founded.roll, founded.own)
+    return copied(founded, tmp_path / "s")
 
 
 @contextmanager
