@@ -2,7 +2,7 @@
 
 What comes out was made from patients without a guarantee, so it does not leave: it is written for
 its owner alone, says so in its header, and no study can start from it. Patients who withdrew are
-left out. The audit has an entry for every model that was made.
+left out. The audit has an entry for every model that was made, before its file is there.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+from fedseg.arrays import digest_of
 from fedseg.errors import DataError
 from fedseg.imaging.cache import CaseCache
 from fedseg.learning.finetune import Finetuning, State
 from fedseg.learning.finetuned import Finetuned, finetune_to_the_end, save_finetuned
 from fedseg.learning.stopping import Division, divided
-from fedseg.modelfile import load_model
+from fedseg.modelfile import ModelHeader, load_model
 from fedseg.models.devices import require_device
 from sites.audit import record, utc_now
 from sites.heldback import House
@@ -77,12 +78,13 @@ def finetune_here(
             device=device,
             progress=progress,
         )
-        released = header.released or header.model_digest
+    if owner is not None:
+        _audit(owner, header, tuned, parts, settings, out, now)
+    released = header.released or header.model_digest
+    with as_owner_of(owner.folder.trainer) if owner else nullcontext():
         if tuned.best_check:
             save_finetuned(out, header.plan, tuned, rounds=header.rounds, released=released)
-    if owner is not None:
-        _audit(owner, tuned, parts, settings, start=start, out=out, now=now)
-    kept.unlink(missing_ok=True)
+        kept.unlink(missing_ok=True)
     return tuned, parts
 
 
@@ -98,26 +100,24 @@ def require_new(out: Path) -> None:
 
 def _audit(
     owner: House,
+    start: ModelHeader,
     tuned: Finetuned,
     parts: Division,
     settings: Finetuning,
-    *,
-    start: Path,
     out: Path,
     now: Callable[[], str],
 ) -> None:
-    """Enter what was made of whom; the file that is named is on disk."""
-    before, _ = load_model(start)
-    made = load_model(out)[0] if tuned.best_check else None
+    """Enter what was made of whom."""
+    made = bool(tuned.best_check)
     record(
         owner.folder,
         owner.key,
         "finetuned" if made else VAIN,
         now,
-        study=before.plan.study,
-        plan=before.plan_digest,
-        start=before.model_digest,
-        model=made.model_digest if made else None,
+        study=start.plan.study,
+        plan=start.plan_digest,
+        start=start.model_digest,
+        model=digest_of(tuned.model) if made else None,
         file=out.name if made else None,
         kind=settings.kind,
         steps=tuned.steps,

@@ -91,6 +91,8 @@ def finetune(
     from sites.finetuning import finetune_here, require_new
 
     owner = house_at(site, data)
+    if owner is not None and cache:
+        raise DataError("--cache is for a data folder without a site: a site has its own")
     start = model_file(model, site)
     plan = load_model(start)[0].plan
     out = out or _usual_out(owner, plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,15 @@ def run(*words: object) -> Result:
 def at(site: Hospital, *words: object) -> Result:
     """`finetune` at a site."""
     return run("finetune", *words, *QUICK, "--site", site.folder.path)
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    """A function that raises."""
+
+    def function(*_: object, **__: object) -> None:
+        raise error
+
+    return function
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +115,24 @@ def test_nothing_is_overwritten(site: Hospital) -> None:
     assert (site.folder.models / FILE).read_bytes() == before
     with pytest.raises(DataError, match="is there already"):
         at(site, STUDY, "--out", site.folder.model(STUDY))
+
+
+def test_no_model_is_there_that_the_audit_does_not_have(
+    site: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sites.finetuning.record", raising(OSError("no room")))
+    with pytest.raises(OSError, match="no room"):
+        at(site, STUDY)
+    assert not (site.folder.models / FILE).exists()
+    monkeypatch.undo()
+    at(site, STUDY)
+    (entry,) = site.audited("finetuned")
+    assert entry.facts["model"] == load_model(site.folder.models / FILE)[0].model_digest
+
+
+def test_a_sites_images_are_prepared_in_its_own_folder(site: Hospital, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--cache is for a data folder without a site"):
+        at(site, STUDY, "--cache", tmp_path / "elsewhere")
 
 
 def test_equal_seeds_give_equal_files_and_a_kill_changes_none(
