@@ -199,6 +199,11 @@ class StudyFolder:
         return self.rounds / "scratch"
 
     @property
+    def own_models(self) -> Path:
+        """Hospitals' own models, 0700; there from the last round until they were measured."""
+        return self.rounds / "own"
+
+    @property
     def model(self) -> Path:
         """The released model, at the end."""
         return self.rounds / "model.safetensors"

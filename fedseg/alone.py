@@ -39,7 +39,9 @@ def plan_alone(plan: StudyPlan, steps_per_round: int | None = None) -> StudyPlan
             "server_momentum": 0.0,
         }
     )
-    evaluation = plan.evaluation.model_copy(update={"every_rounds": plan.aggregation.rounds})
+    evaluation = plan.evaluation.model_copy(
+        update={"every_rounds": plan.aggregation.rounds, "own_models": False}
+    )
     changed: dict[str, Any] = {
         "initial": plan.built.model_copy(update={"personal": ()}),
         "training": training,

@@ -58,6 +58,8 @@ class StudyPlan(Frozen):
                 "weighting: uniform"
             )
         self._strategy_fits()
+        if self.evaluation.own_models:
+            self._own_models_fit()
         if self.model.network != "unet":
             return self
         step = 2 ** (len(UNetOptions.model_validate(self.model.options).channels) - 1)
@@ -99,6 +101,28 @@ class StudyPlan(Frozen):
             raise ValueError(
                 "initial.personal does not fit aggregation.strategy: run `fedseg plan build` again"
             )
+
+    def _own_models_fit(self) -> None:
+        """Refuse own models that are not known elsewhere, or that nobody could measure or pay."""
+        strategy, metrics = self.aggregation.strategy, self.privacy.outputs.metrics
+        wrong = None
+        if self.aggregation.personal is not None or strategy == "ditto":
+            wrong = (
+                f"{strategy} keeps a part of each hospital's own model at home, where alone it can "
+                "be measured (`fedseg-site validate`)"
+            )
+        elif self.aggregation.minimum_sites < 2:
+            wrong = "with aggregation.minimum_sites: 1 there need be no other hospital"
+        elif metrics == "none":
+            wrong = "privacy.outputs.metrics: none lets no hospital tell what it measured"
+        elif metrics == "noised":
+            wrong = (
+                "privacy.outputs.metrics: noised charges held-back patients for each model that is "
+                "measured, and nobody knows beforehand how many hospitals consent; say suppressed, "
+                "which no guarantee covers, where the hospitals' policies let that leave"
+            )
+        if wrong is not None:
+            raise ValueError(f"evaluation.own_models: {wrong}; or leave own_models out")
 
     def _keeps(self, privacy: LocalPrivacy) -> None:
         """Refuse what would break a guarantee, or leave it without its noise."""

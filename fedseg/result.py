@@ -94,6 +94,7 @@ class SiteAnswer(Frozen):
         update_twin: a site whose update is the same but for its size.
         update_cosine: of the update and what the round came to; estimated so for means.
         update_distance: L2 distance of the two; None for means, which keep no update.
+        own: digest of the site's own model, in the last round, where it let that model go.
     """
 
     site: str
@@ -109,6 +110,7 @@ class SiteAnswer(Frozen):
     update_cosine: float | None = None
     update_distance: float | None = None
     labels: tuple[str, ...] | None = None
+    own: str | None = None
 
     @property
     def mean_dice(self) -> float | None:
@@ -125,11 +127,15 @@ class SiteFailure(Frozen):
 
 
 class StageRecord(Frozen):
-    """One closed stage. Sites are sorted by name, not by the order of their answers."""
+    """One closed stage. Sites are sorted by name, not by the order of their answers.
+
+    `owner` is the site whose own model was measured; None where it was the shared one, or none.
+    """
 
     round: int
     stage: str
     attempt: int
+    owner: str | None = None
     bytes_down: int
     bytes_up: int
     answers: tuple[SiteAnswer, ...]
@@ -172,6 +178,21 @@ class Arm(Frozen):
     def of_site(self, site: str) -> tuple[PatientScores, ...]:
         """The patients of one hospital."""
         return tuple(patient for patient in self.patients if patient.site == site)
+
+
+class OwnModelScores(Frozen):
+    """One hospital's own model, the last shared one with its last update, at every hospital.
+
+    Attributes:
+        site: whose model it is.
+        model: its digest.
+        scores: hospital that measured it -> metric -> mean over labels of its means over held-back
+            patients, as its policy let them leave; empty where nothing left.
+    """
+
+    site: str
+    model: str
+    scores: dict[str, dict[Metric, float]]
 
 
 class GuaranteeRecord(Frozen):
@@ -217,7 +238,10 @@ class Run(Frozen):
 
 
 class StudyResult(Frozen):
-    """A whole simulated study. `guarantee` is None where the plan has none."""
+    """A whole simulated study. `guarantee` is None where the plan has none.
+
+    `own_models` has those that were measured at every hospital, where the plan says so.
+    """
 
     format: Literal["fedseg-result/1"] = "fedseg-result/1"
     plan: StudyPlan
@@ -228,6 +252,7 @@ class StudyResult(Frozen):
     sites: tuple[SiteSummary, ...]
     stages: tuple[StageRecord, ...]
     arms: tuple[Arm, ...]
+    own_models: tuple[OwnModelScores, ...] = ()
     guarantee: GuaranteeRecord | None = None
     run: Run
 

@@ -24,9 +24,10 @@ from fedseg.frozen import Digest, Frozen, Name, SiteName
 from fedseg.plan import StudyPlan
 from fedseg.promise import Openness
 from fedseg.schema import TensorSpec
+from fedseg.security.consent import Consent
 from fedseg.security.identity import SignedRoll
 
-StageName = Literal["enlist", "train", "evaluate", "release"]
+StageName = Literal["enlist", "train", "evaluate", "own", "release"]
 SplitName = Literal["train", "val", "test"]
 RefusalCode = Literal["plan", "roster", "task", "data", "not_finite", "failed"]
 NotNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
@@ -47,6 +48,8 @@ class TaskHeader(Frozen):
         roll: who takes part, when sites enlist; None in a simulation and in every other stage.
         heads: the last blinded head of its ledger that each site's answers have carried. A site
             that does not know its own was put back to an older state, and refuses.
+        consent: whose own model travels with the task, and that this hospital let it go; in the
+            stage `own` alone.
     """
 
     format: Literal["fedseg-task/1"] = "fedseg-task/1"
@@ -59,6 +62,12 @@ class TaskHeader(Frozen):
     control: Digest | None = None
     roll: SignedRoll | None = None
     heads: dict[SiteName, Digest] = {}
+    consent: Consent | None = None
+
+    @property
+    def owner(self) -> str | None:
+        """The site whose own model travels with the task; None where it is the shared one."""
+        return None if self.consent is None else self.consent.site
 
 
 class Enlisted(Frozen):
@@ -79,12 +88,18 @@ class Enlisted(Frozen):
 
 
 class Trained(Frozen):
-    """One round of training; the delta travels beside it."""
+    """One round of training; the delta travels beside it.
+
+    Attributes:
+        consent: the task's model with this delta may be measured at the other sites; in the last
+            round of a plan with `evaluation.own_models` alone.
+    """
 
     kind: Literal["train"] = "train"
     patients: NotNegativeInt | None
     steps: NotNegativeInt
     loss: FiniteFloat | None
+    consent: Consent | None = None
 
 
 class Evaluated(Frozen):
@@ -171,6 +186,7 @@ def open_controlled_task(
     if (header.study, header.plan) != (plan.study, plan.digest):
         raise TrustError("the task belongs to another study or to a plan that is not approved here")
     require_place(header, plan)
+    require_consent(header, plan)
     if header.roll is not None and header.stage != "enlist":
         raise TrustError("the task brings a list of sites, which only enlisting does")
     schema = task_schema(plan, header.stage)
@@ -202,9 +218,31 @@ def require_place(header: TaskHeader, plan: StudyPlan) -> None:
         TrustError: it has not.
     """
     rounds = plan.aggregation.rounds
-    first, last = {"enlist": (0, 0), "release": (rounds, rounds)}.get(header.stage, (1, rounds))
+    places = {"enlist": (0, 0), "own": (rounds, rounds), "release": (rounds, rounds)}
+    first, last = places.get(header.stage, (1, rounds))
     if not first <= header.round <= last or header.attempt > plan.aggregation.attempts:
         raise TrustError("the task asks for a round or an attempt that the plan does not have")
+
+
+def require_consent(header: TaskHeader, plan: StudyPlan) -> None:
+    """Check that a task brings a hospital's own model under a consent to just that, or none.
+
+    Who signed the consent is for whoever has the list of sites to see.
+
+    Raises:
+        TrustError: the plan measures no own models, the consent is missing or is about another
+            model, study or plan.
+    """
+    consent = header.consent
+    if (header.stage == "own") != (consent is not None):
+        raise TrustError("a hospital's own model comes with its consent, other models with none")
+    if consent is None:
+        return
+    if not plan.evaluation.own_models:
+        raise TrustError("the plan does not say that hospitals' own models are measured elsewhere")
+    about = (consent.study, consent.plan, consent.model)
+    if about != (plan.study, plan.digest, header.model):
+        raise TrustError("the consent is about another model, study or plan than the task")
 
 
 def seal_answer(
@@ -223,11 +261,13 @@ def seal_answer(
 
 def head_bytes_of(header: AnswerHeader, delta: Arrays | None, plan: StudyPlan) -> int:
     """How long the head of an answer of this kind can get: a private plan's is always that long."""
-    longest = header.model_copy(update={"body": _longest_body(header.body, plan), "head": "f" * 64})
+    longest = header.model_copy(
+        update={"body": _longest_body(header.body, plan, header.site), "head": "f" * 64}
+    )
     return len(packed(longest, delta)[1]) + 8
 
 
-def _longest_body(body: Body, plan: StudyPlan) -> Body:
+def _longest_body(body: Body, plan: StudyPlan, site: str) -> Body:
     """The body of this kind that takes the most bytes under a plan."""
     count, number = 2**31 - 1, -2.2250738585072014e-308
     splits: tuple[SplitName, ...] = get_args(SplitName)
@@ -237,7 +277,11 @@ def _longest_body(body: Body, plan: StudyPlan) -> Body:
             every = tuple(plan.task.labels)
             return Enlisted(patients=most, cases=most, left_out=count, labels=every)
         case Trained():
-            return Trained(patients=count, steps=count, loss=number)
+            consent = Consent(study=plan.study, plan="f" * 64, site=site, model="f" * 64)
+            asked = plan.evaluation.own_models
+            return Trained(
+                patients=count, steps=count, loss=number, consent=consent if asked else None
+            )
         case Evaluated():
             scores = dict.fromkeys(plan.task.labels, number)
             return Evaluated(patients=count, scores=dict.fromkeys(plan.evaluation.metrics, scores))
@@ -285,10 +329,15 @@ def open_answer(
         if plan.private and header.body.code in COARSER:
             raise AnswerError("malformed", "a refusal says more than the private plan lets out")
         raise AnswerError(header.body.code, "the site refused or failed; its audit has the reason")
-    if header.body.kind != stage:
+    if header.body.kind != ("evaluate" if stage == "own" else stage):
         raise AnswerError("stage", f"a {header.body.kind} answer came in the stage {stage}")
     body = header.body
-    wrong = _outside_plan(body, plan, model) or _odd_labels(body, plan) or _not_let_out(body, plan)
+    wrong = (
+        _outside_plan(body, plan, model)
+        or _odd_labels(body, plan)
+        or _odd_consent(body, plan, header.site)
+        or _not_let_out(body, plan)
+    )
     if wrong:
         raise AnswerError("malformed", wrong)
     bad = [name for name, array in delta.items() if not np.isfinite(array).all()]
@@ -326,6 +375,16 @@ def _odd_labels(body: Body, plan: StudyPlan) -> str | None:
     if told and len(told) == len(body.labels) and told <= plan.task.labels.keys():
         return None
     return "the labels that it annotates are not at least one of the plan's, each once"
+
+
+def _odd_consent(body: Body, plan: StudyPlan, site: str) -> str | None:
+    """What is wrong with a consent as such, or None; which model it is about is seen later."""
+    if not isinstance(body, Trained) or body.consent is None:
+        return None
+    about = (body.consent.study, body.consent.plan, body.consent.site)
+    if plan.evaluation.own_models and about == (plan.study, plan.digest, site):
+        return None
+    return "a consent came that the plan does not ask for, or that is not this site's"
 
 
 def _not_let_out(body: Body, plan: StudyPlan) -> str | None:

@@ -2,7 +2,8 @@
 
 Signed by the study's pinned key, for this study and this site; else it is a stranger's. The plan is
 the approved one, the hospital's rules still allow it, and the list of sites is the accepted one.
-That the hospital has not taken its yes back is asked again before anything goes out.
+Another hospital's own model comes with that hospital's signed consent. That the hospital has not
+taken its yes back is asked again before anything goes out.
 """
 
 from __future__ import annotations
@@ -161,3 +162,20 @@ class Admission:
                 approval=approval,
             )
         require_accepted(roll, header.roll, self._now())
+
+    def check_consent(self, said: TaskHeader) -> None:
+        """Accept another hospital's own model only where that hospital itself let this one go.
+
+        Raises:
+            TrustError: it is not on the accepted list, or has not signed the consent.
+        """
+        if said.consent is None:
+            return
+        roll = accepted_roll(self._folder, self._study, self._key).roll
+        owner = roll.site(said.consent.site)
+        if owner is None:
+            raise TrustError(
+                f"the task brings the own model of {said.consent.site}, who is not on the list of "
+                "sites that is accepted here"
+            )
+        said.consent.require_signed(VerifyKey.from_text(owner.signing))

@@ -23,27 +23,34 @@ from typing import get_args
 
 from fedseg.durable import make_folder, whole, write_atomically
 from fedseg.errors import StorageError, TrustError
-from fedseg.updates import StageName
+from fedseg.updates import StageName, TaskHeader
 
 PLAIN_ROUNDS_KEPT = 20
 SEALED_ROUNDS_KEPT = 3
 MOST_KEYS = 8
 MOST_TASKS = 32  # that ask for one attempt at a stage, each acknowledging something else
 STAGES: tuple[str, ...] = get_args(StageName)
-_SLOT = re.compile(r"(\d{6,10})-([a-z_]{1,32})")
+_SLOT = re.compile(r"(\d{6,10})-([a-z_]{1,32})(?:-([A-Za-z0-9][A-Za-z0-9_.-]{0,63}))?")
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A stage of a round."""
+    """A stage of a round; `owner` is the site whose own model it is about, if it is one's."""
 
     round: int
     stage: str
+    owner: str | None = None
 
     @property
     def name(self) -> str:
         """The name of its folder."""
-        return f"{self.round:06d}-{self.stage}"
+        stage = f"{self.round:06d}-{self.stage}"
+        return stage if self.owner is None else f"{stage}-{self.owner}"
+
+
+def slot_of(said: TaskHeader) -> Slot:
+    """The stage that a task asks for."""
+    return Slot(said.round, said.stage, said.owner)
 
 
 class Answers:
@@ -140,7 +147,7 @@ class Answers:
         for path in self._folder.glob("*-*"):
             match = _SLOT.fullmatch(path.name)
             if match:
-                yield Slot(int(match[1]), match[2])
+                yield Slot(int(match[1]), match[2], match[3])
 
     def _path(self, slot: Slot, name: str, kind: str) -> Path:
         """Where something of a task lies."""

@@ -43,6 +43,7 @@ def facts_of(out: Outgoing, said: TaskHeader | None, plan: StudyPlan) -> dict[st
     facts: dict[str, Fact] = {"study": plan.study, "type": out.header.body.kind}
     if said is not None:
         facts |= {"round": said.round, "stage": said.stage, "attempt": said.attempt}
+        facts |= {} if said.owner is None else {"owner": said.owner}
     count, size = out.tensors
     facts |= {"fields": fields, "tensors": count, "tensor_bytes": size, "content": out.content}
     return facts | _cost(out, said, plan)

@@ -54,7 +54,13 @@ BODIES: Mapping[type[Body], Mapping[str, About]] = {
         "left_out": "counts",
         "labels": "protocol",
     },
-    Trained: {"kind": "protocol", "steps": "protocol", "patients": "counts", "loss": "losses"},
+    Trained: {
+        "kind": "protocol",
+        "steps": "protocol",
+        "patients": "counts",
+        "loss": "losses",
+        "consent": "protocol",
+    },
     Evaluated: {"kind": "protocol", "patients": "counts", "scores": "metrics"},
     Received: {"kind": "protocol", "model": "protocol"},
     Refused: {"kind": "protocol", "code": "protocol"},
@@ -106,6 +112,7 @@ def permitted(
                 patients=body.patients if counts else None,
                 steps=body.steps,
                 loss=body.loss if loss else None,
+                consent=body.consent,
             )
         case Evaluated():
             _require_plans_scores(body, plan, annotated)
@@ -168,8 +175,13 @@ def outgoing(
     plan: StudyPlan,
     suppress_below: int | None = None,
     annotated: Sequence[str] | None = None,
+    *,
+    consents: bool = False,
 ) -> Outgoing:
     """Look at an answer as it is about to be sealed, or to leave once more; see `permitted`.
+
+    Args:
+        consents: the hospital's policy lets its own model go to the others as it stands now.
 
     Raises:
         PrivacyError: it is not what `require_permitted` lets out, has other tensors than the plan's
@@ -183,7 +195,7 @@ def outgoing(
         header, delta = unpack(plain, AnswerHeader, max_bytes=limit, schema=schema)
     except TrustError as error:
         raise PrivacyError(f"an answer is none that may leave: {error}") from None
-    require_permitted(header, plan, suppress_below, annotated)
+    require_permitted(header, plan, suppress_below, annotated, consents=consents)
     sizes = [array.nbytes for array in delta.values()]
     if plan.private and len(plain) != head_bytes_of(header, delta, plan) + sum(sizes):
         raise PrivacyError("the length of an answer of a private plan depends on what it says")
@@ -197,6 +209,8 @@ def require_permitted(
     plan: StudyPlan,
     suppress_below: int | None = None,
     annotated: Sequence[str] | None = None,
+    *,
+    consents: bool = False,
 ) -> None:
     """Look at an answer once more before it is sealed.
 
@@ -223,6 +237,11 @@ def require_permitted(
         case Trained():
             said.append((outputs.counts, body.patients, body.patients is not None))
             said.append((outputs.losses, body.patients, body.loss is not None))
+            if body.consent is not None and not (consents and plan.evaluation.own_models):
+                raise PrivacyError(
+                    "an answer lets this hospital's own model go to the others, which plan or "
+                    "policy.yaml do not allow (any more)"
+                )
         case Evaluated():
             _require_plans_scores(body, plan, annotated)
             told = any(v is not None for scores in body.scores.values() for v in scores.values())

@@ -165,12 +165,28 @@ def _learnt(plan: StudyPlan, sites: int) -> tuple[str, ...]:
     return (
         coordinator,
         f"The other hospitals ({max(sites - 1, 0)} so far) get the common model of every round, "
-        "not your updates. What they can draw from it concerns all the others together; the fewer "
+        f"{_passed_on(plan)} What they can draw from it concerns all the others together; the fewer "
         f"take part, the more it is about you.{alone}",
         "Who carries the messages (network, proxy, Flower's server): that this hospital takes "
         "part, when, and how large messages are. The content is sealed between trainer and "
         "coordinator.",
         later,
+    )
+
+
+def _passed_on(plan: StudyPlan) -> str:
+    """Whether the other hospitals get something that is of this hospital alone."""
+    if not plan.evaluation.own_models:
+        return "not your updates."
+    line = "own_model_unprotected" if plan.private is None else "own_model_guaranteed"
+    bounded = (
+        "and may attempt with it what the coordinator may with your updates"
+        if plan.private is None
+        else "which the guarantee covers as it does your updates"
+    )
+    return (
+        f"not your updates; but with {line}: true in this hospital's policy.yaml they get your own "
+        f"model of the last round, can work out your last update from it, {bounded}."
     )
 
 
@@ -196,6 +212,8 @@ def _duration(plan: StudyPlan, roll: Roll) -> tuple[str, ...]:
     """The longest that it can take, and until when the list holds."""
     timeout, attempts = plan.aggregation.round_timeout_s, plan.aggregation.attempts
     longest = sum(timeout * (attempts if stage == "train" else 1) for _, stage in schedule(plan))
+    if plan.evaluation.own_models:
+        longest += timeout * len(roll.sites)
     return (
         f"{plan.aggregation.rounds} rounds; the coordinator waits at most {duration(timeout)} for "
         f"the answers of each step, so at most {duration(longest)} of work in all, mostly far "

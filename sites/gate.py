@@ -28,9 +28,9 @@ from fedseg.logs import without_its_text
 from fedseg.security.envelope import EnvelopeHeader, envelope_limit
 from fedseg.security.identity import SiteIdentity
 from fedseg.security.keys import ReceivingKey, SigningKey, VerifyKey
-from fedseg.updates import RefusalCode, TaskHeader, require_place, task_limit
+from fedseg.updates import RefusalCode, TaskHeader, require_consent, require_place, task_limit
 from sites.admission import Admission, Admitted
-from sites.answers import Answers, Slot
+from sites.answers import Answers, slot_of
 from sites.chronicle import Chronicle
 from sites.client import Clock
 from sites.departures import EVENT
@@ -38,14 +38,14 @@ from sites.egress import Outgoing, outgoing
 from sites.enrolment import pinned_bundle
 from sites.folder import SiteFolder
 from sites.outbox import Answer, Outbox, Ready, attempt_of, name_of
-from sites.policy import load_policy
+from sites.policy import lets_own_model_go, load_policy
 from sites.rolls import RosterError
 from sites.worker import MakeTrainer, TrainerRefusedError, Worker
 
 logger = logging.getLogger(__name__)
 
 FREE_STAGES = frozenset({"enlist", "release"})
-HELD_STAGES = frozenset({"train", "evaluate"})  # the others' work touches no patient's images
+HELD_STAGES = frozenset({"train", "evaluate", "own"})  # the others' work touches no images
 MOST_DUE = 64
 
 
@@ -217,9 +217,12 @@ class Gate:
         if said is None:
             raise TrustError("what the study's key signed is no task")
         require_place(said, self._plan)
+        require_consent(said, self._plan)
         self._admission.check_roll(header, said, approval)
-        slot, name = Slot(said.round, said.stage), name_of(said, header, approval)
+        self._admission.check_consent(said)
+        slot, name = slot_of(said), name_of(said, header, approval)
         facts: dict[str, Any] = {"round": said.round, "stage": said.stage, "attempt": said.attempt}
+        facts |= {} if said.owner is None else {"owner": said.owner}
         due = self._due_at(name, said, came)
         plain = self._answers.plain(slot, name)
         if plain is not None:
@@ -262,8 +265,14 @@ class Gate:
 
     def _outgoing(self, plain: bytes, admitted: Admitted) -> Outgoing:
         """Look at an answer by the hospital's own rule, which may be stricter than it was."""
-        least = load_policy(self._folder.policy).suppress_below
-        return outgoing(plain, self._plan, least, admitted.annotated)
+        policy = load_policy(self._folder.policy)
+        return outgoing(
+            plain,
+            self._plan,
+            policy.suppress_below,
+            admitted.annotated,
+            consents=lets_own_model_go(policy, self._plan),
+        )
 
     def _forget_if_left(self) -> None:
         """Remove what working on a task has written into a study that was left meanwhile."""

@@ -18,7 +18,7 @@ from fedseg.security.envelope import EnvelopeHeader, seal_bytes, seal_envelope
 from fedseg.security.identity import COORDINATOR, SiteIdentity
 from fedseg.security.keys import SealingKey, SigningKey
 from fedseg.updates import AnswerHeader, RefusalCode, Refused, TaskHeader, seal_answer
-from sites.answers import Answers, Slot
+from sites.answers import Answers, Slot, slot_of
 from sites.approval import Approval
 from sites.chronicle import Chronicle
 from sites.departures import facts_of
@@ -86,7 +86,7 @@ class Outbox:
     ) -> Ready:
         """A stored answer, sealed for whoever asked, and what the audit will say of it."""
         about = facts_of(out, said, self._plan) | self._to(header)
-        slot, name = Slot(said.round, said.stage), name_of(said, header, approval)
+        slot, name = slot_of(said), name_of(said, header, approval)
         assert header.reply_to is not None
         sealed = self._answers.sealed(slot, name, header.reply_to)
         if sealed is None:

@@ -34,6 +34,7 @@ def leaves(plan: StudyPlan, record: CohortRecord | None) -> tuple[str, ...]:
         _labels(plan, record),
         _updates(plan),
         *_scores(plan, record),
+        *_own_models(plan),
         _last(plan),
     ]
     if plan.private:
@@ -152,6 +153,22 @@ def _scores(plan: StudyPlan, record: CohortRecord | None) -> tuple[str, ...]:
     if outputs.metrics == "suppressed":
         return (f"{line}, {_many(plan)}{number}.{_of_few(record, plan)}",)
     return (f"{line}{number}.{_of_few(record, plan)}",)
+
+
+def _own_models(plan: StudyPlan) -> tuple[str, ...]:
+    """What the consent to pass the own model on lets leave, and what is measured for others."""
+    if not plan.evaluation.own_models:
+        return ()
+    line = "own_model_unprotected" if plan.private is None else "own_model_guaranteed"
+    return (
+        f"With the last update, only if this hospital's policy.yaml says {line}: true by then: its "
+        "signed consent that its own model, which is the last common model with that update in it, "
+        "goes through the coordinator to every other hospital of the study, to be measured there. "
+        "Without it your model is left out and the study goes on. What has left cannot be called "
+        "back.",
+        "For each hospital that consents: the quality of its own model on your held-back patients, "
+        "as means in the same form and under the same conditions.",
+    )
 
 
 def _of_few(record: CohortRecord | None, plan: StudyPlan) -> str:

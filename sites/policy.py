@@ -67,6 +67,15 @@ largest_delta: 0.0001
 total_epsilon: 10
 total_delta: 0.0001
 
+# May this hospital's own model be measured at the other hospitals of a study, where its plan asks
+# for that? It is the study's last common model with our last update in it: the coordinator has it
+# anyway, but here each of the other hospitals gets it as well, and what has left cannot be called
+# back. Where we do not consent our model is left out, and the study goes on. The first line is for
+# studies whose guarantee covers that update, the second for those without one: then the other
+# hospitals might reconstruct training images from it, as the coordinator might.
+own_model_guaranteed: false
+own_model_unprotected: false
+
 # What may leave besides updates, at most: none, suppressed (only where it is about at least
 # suppress_below patients) or plain; metrics also noised (with noise that the guarantee counts).
 # counts: how many patients and images; losses: the training error; metrics: the quality on patients
@@ -118,6 +127,8 @@ class Policy(Frozen):
     largest_delta: Delta | None = 1e-4
     total_epsilon: Positive | None = 10.0
     total_delta: Delta | None = 1e-4
+    own_model_guaranteed: bool = False
+    own_model_unprotected: bool = False
     counts: Literal["none", "suppressed", "plain"] | None = None
     losses: Literal["none", "suppressed", "plain"] | None = None
     metrics: Openness | None = None
@@ -201,6 +212,8 @@ def rules(policy: Policy, plan: StudyPlan, training_patients: int | None) -> tup
         training_patients: this site's usable ones, or None while they are not counted yet.
     """
     found = [_privacy(policy, plan), *_budget(policy, plan), *_outputs(policy, plan)]
+    if plan.evaluation.own_models:
+        found.append(_own_model(policy, plan))
     asked = plan.aggregation
     if policy.largest_rounds is not None:
         found.append(_at_most("largest_rounds", "rounds", policy.largest_rounds, asked.rounds))
@@ -231,6 +244,17 @@ def authorise(policy: Policy, plan: StudyPlan, training_patients: int | None = N
             f"this hospital's policy.yaml forbids the study {plan.study}: {reasons}. Refuse the "
             "plan, or let whoever is responsible for the policy change that line"
         )
+
+
+def lets_own_model_go(policy: Policy, plan: StudyPlan) -> bool:
+    """Whether this hospital's own model may be measured at the others; a plan that asks is needed.
+
+    The consent is of its kind: one without a guarantee is none for a study with one, nor the other
+    way round.
+    """
+    if not plan.evaluation.own_models:
+        return False
+    return policy.own_model_unprotected if plan.private is None else policy.own_model_guaranteed
 
 
 def limits_of(policy: Policy) -> Limits:
@@ -273,6 +297,14 @@ def _privacy(policy: Policy, plan: StudyPlan) -> Rule:
     if plan.privacy.guarantee == "none":
         broken = "the plan has none; images may be reconstructed from updates"
     return Rule("privacy_none", "no study without a privacy guarantee", broken)
+
+
+def _own_model(policy: Policy, plan: StudyPlan) -> Rule:
+    """Whether the own model goes to the other hospitals: never a reason to refuse a plan."""
+    name = "own_model_unprotected" if plan.private is None else "own_model_guaranteed"
+    if lets_own_model_go(policy, plan):
+        return Rule(name, "our own model is measured at the other hospitals: they get it")
+    return Rule(name, "our own model is not passed on to the other hospitals")
 
 
 def _budget(policy: Policy, plan: StudyPlan) -> Iterator[Rule]:

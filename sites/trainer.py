@@ -13,11 +13,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from fedseg.aggregation.ownmodels import own_model
 from fedseg.arrays import Arrays, digest_of
 from fedseg.durable import Buffer
 from fedseg.errors import (
@@ -50,6 +51,7 @@ from fedseg.privacy.noise import Noise
 from fedseg.reports.card import card_of_model
 from fedseg.reports.cardpage import write_card
 from fedseg.result import PatientScores
+from fedseg.security.consent import Consent
 from fedseg.updates import (
     AnswerHeader,
     Body,
@@ -89,6 +91,7 @@ class Trainer:
         account: Account | None = None,
         noise: Callable[[str], Noise] | None = None,
         suppress_below: int | None = None,
+        vouch: Callable[[str], Consent | None] = lambda _model: None,
     ) -> None:
         """Make a trainer.
 
@@ -104,6 +107,8 @@ class Trainer:
             noise: purpose -> source of chance; by default the operating system's. A seeded one
                 gives no privacy.
             suppress_below: the hospital's own least number of patients for suppressed numbers.
+            vouch: digest of the hospital's own model -> its consent that it is measured elsewhere,
+                or None; asked in the last round of a plan that measures own models.
 
         Raises:
             PlanError: the network has nothing to train as the plan says, or its patients' gradients
@@ -111,7 +116,7 @@ class Trainer:
             PrivacyError: no account for a private plan, or one that does not cover the cohort.
         """
         self._plan, self._cohort, self._left_out = plan, cohort, left_out
-        self._account, self._suppress_below = account, suppress_below
+        self._account, self._suppress_below, self._vouch = account, suppress_below, vouch
         self._noise = noise or (lambda _purpose: Noise.from_system())
         if plan.private is not None:
             self._paid.require_registered(cohort)
@@ -161,7 +166,7 @@ class Trainer:
             return self._permitted(self._receive(header, model)), None
         if self._plan.private is not None:
             return self._privately(header, model)
-        if header.stage == "evaluate":
+        if header.stage in ("evaluate", "own"):
             return self._permitted(self._evaluate(header, model)), None
         body, delta = self._train(header, model, control)
         return self._permitted(body), delta
@@ -225,7 +230,8 @@ class Trainer:
             memory=memory,
         )
         self._memories.store(header.round, kept)
-        return self._trained(header, outcome, spent()), delta
+        consent = self._consent(header, model, delta)
+        return self._trained(header, outcome, spent(), consent), delta
 
     def _train_privately(self, header: TaskHeader, model: Arrays) -> tuple[Body, Arrays | None]:
         """Train one private round; the answer is what leaves, whatever the round came to."""
@@ -255,18 +261,34 @@ class Trainer:
         delta, personal = what_changed(self._network, self._plan, model)
         kept = Memory(optimiser=outcome.optimiser_state, personal=personal)
         self._memories.propose(header.round, reservation_of(header), kept)
-        body = self._trained(header, outcome, spent(), lost=outcome.lost)
+        consent = self._consent(header, model, delta)
+        body = self._trained(header, outcome, spent(), consent, lost=outcome.lost)
         return self._permitted(body), delta
 
+    def _consent(self, header: TaskHeader, model: Arrays, delta: Arrays) -> Consent | None:
+        """Whether this hospital's own model may be measured elsewhere, where the plan asks that."""
+        plan = self._plan
+        if not plan.evaluation.own_models or header.round != plan.aggregation.rounds:
+            return None
+        consent = self._vouch(digest_of(own_model(model, delta)))
+        if consent is not None:
+            self._journal.write("own_model_let_go", round=header.round, model=consent.model)
+        return consent
+
     def _trained(
-        self, header: TaskHeader, outcome: RoundOutcome, cpu_s: float, **facts: int
+        self,
+        header: TaskHeader,
+        outcome: RoundOutcome,
+        cpu_s: float,
+        consent: Consent | None,
+        **facts: int,
     ) -> Trained:
         """What a round says."""
         self._journal.write(
             "trained", round=header.round, steps=outcome.steps, cpu_s=round(cpu_s, 4), **facts
         )
         patients = len(self._patients)
-        return Trained(patients=patients, steps=outcome.steps, loss=outcome.loss)
+        return Trained(patients=patients, steps=outcome.steps, loss=outcome.loss, consent=consent)
 
     def _clock(self) -> Callable[[], float]:
         """CPU seconds of training from now on."""
@@ -285,7 +307,7 @@ class Trainer:
         metrics = self._plan.evaluation.metrics
         patients = evaluate_cohort(self._network, held_back, self._cache, self._plan, metrics)
         scores = means(patients, self._plan, self._suppress_below)
-        self._journal.write("evaluated", round=header.round, patients=len(patients))
+        self._evaluated(header, patients)
         return Evaluated(patients=len(patients), scores=scores)
 
     def _evaluate_privately(self, header: TaskHeader, model: Arrays) -> tuple[Body, None]:
@@ -294,7 +316,7 @@ class Trainer:
         patients = self._measured(header, model)
         noise = self._noise(self._purpose(header))
         scores = noised_means(patients, self._plan, noise, self._cohort.annotated)
-        self._journal.write("evaluated", round=header.round, patients=len(patients))
+        self._evaluated(header, patients)
         return self._permitted(Evaluated(patients=len(patients), scores=scores)), None
 
     def _evaluate_quietly(self, header: TaskHeader, model: Arrays) -> Evaluated:
@@ -302,7 +324,7 @@ class Trainer:
         leave = self._plan.privacy.outputs.metrics != "none"
         patients = self._measured(header, model) if leave else []
         scores = means(patients, self._plan, self._suppress_below)
-        self._journal.write("evaluated", round=header.round, patients=len(patients))
+        self._evaluated(header, patients)
         return Evaluated(patients=len(patients), scores=scores)
 
     def _measured(self, header: TaskHeader, model: Arrays) -> list[PatientScores]:
@@ -312,6 +334,11 @@ class Trainer:
         gone = self._paid.withdrawn(held_back.patients)
         held_back = held_back.without(c.name for c in held_back.cases if c.patient in gone)
         return measurable(self._network, held_back, self._cache, self._plan)
+
+    def _evaluated(self, header: TaskHeader, patients: Sequence[PatientScores]) -> None:
+        """Note what was measured, and whose model it was if it was one hospital's."""
+        owner = {} if header.owner is None else {"owner": header.owner}
+        self._journal.write("evaluated", round=header.round, patients=len(patients), **owner)
 
     def _receive(self, header: TaskHeader, model: Arrays) -> Received:
         """Store the released model where the hospital finds it, once it fits the network."""

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING
 from fedseg.container import peek
 from fedseg.errors import FedsegError, PrivacyError, TrustError
 from fedseg.plan import StudyPlan
+from fedseg.security.consent import Consent
 from fedseg.security.documents import stamp
 from fedseg.security.keys import SigningKey
 from fedseg.updates import AnswerHeader, RefusalCode
 from sites.approval import Approval
 from sites.folder import SiteFolder
 from sites.journal import Journal
-from sites.policy import authorise, limits_of, load_policy
+from sites.keyring import own_identity
+from sites.policy import authorise, lets_own_model_go, limits_of, load_policy
 
 if TYPE_CHECKING:
     from fedseg.privacy.ledger import Ledger
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 
 JOURNAL = "journal.jsonl"
 RELEASE = "release"
-MakeTrainer = Callable[[SiteFolder, str, StudyPlan, "Ledger | None"], "Trainer"]
+Vouch = Callable[[str], Consent | None]  # digest of the own model -> consent, or None
+MakeTrainer = Callable[[SiteFolder, str, StudyPlan, "Ledger | None", Vouch], "Trainer"]
 
 
 class TrainerRefusedError(FedsegError):
@@ -105,7 +108,9 @@ class Worker:
         made_for = (approval.signature, withdrawn)
         if self.trainer is None or self.trainer[0] != made_for:
             self.trainer = None
-            trainer = self._make_trainer(self._folder, self._study, self._plan, self._ledger)
+            trainer = self._make_trainer(
+                self._folder, self._study, self._plan, self._ledger, self._vouch
+            )
             self.trainer = (made_for, trainer)
         trainer = self.trainer[1]
         if stage != RELEASE:  # once more: what was approved may name patients who withdrew since
@@ -116,6 +121,14 @@ class Worker:
             raise TrainerRefusedError(body.code, self._reason(body.code))
         return answer
 
+    def _vouch(self, model: str) -> Consent | None:
+        """This hospital's signed word that its own model may go, where its policy says so now."""
+        if not lets_own_model_go(load_policy(self._folder.policy), self._plan):
+            return None
+        site = own_identity(self._folder).name
+        consent = Consent(study=self._study, plan=self._plan.digest, site=site, model=model)
+        return consent.signed(self._signing)
+
     def _reason(self, code: RefusalCode) -> str:
         """Why the trainer refused, from its journal; what nobody foresaw may name a path."""
         refusals = Journal(self._folder.work(self._study) / JOURNAL).read("refused")
@@ -125,12 +138,20 @@ class Worker:
 
 
 def make_trainer(
-    folder: SiteFolder, study: str, plan: StudyPlan, ledger: Ledger | None, device: str = "cpu"
+    folder: SiteFolder,
+    study: str,
+    plan: StudyPlan,
+    ledger: Ledger | None,
+    vouch: Vouch | None = None,
+    device: str = "cpu",
 ) -> Trainer:
     """The trainer of an approved plan, on the cohort that was approved with it.
 
     Patients who have withdrawn since are left out; under a guarantee they contribute zero, and the
     work is paid for from the ledger.
+
+    Args:
+        vouch: signs that the hospital's own model may go, or does not; None never does.
 
     Raises:
         DataError: the data changed since.
@@ -165,4 +186,5 @@ def make_trainer(
         device=device,
         account=account,
         suppress_below=load_policy(folder.policy).suppress_below,
+        vouch=vouch or (lambda _model: None),
     )

@@ -69,7 +69,8 @@ def _rounds(progress: Progress) -> str:
     again = f", attempt {stage.attempt}" if stage.attempt > 1 else ""
     waiting = f"; waits for {', '.join(stage.waiting_for)}" if stage.waiting_for else ""
     where = f"round {stage.round}, " if stage.round else ""
-    return f"{said}; {where}{stage.stage}{again}{waiting}"
+    of_whom = f" ({stage.owner})" if stage.owner else ""
+    return f"{said}; {where}{stage.stage}{of_whom}{again}{waiting}"
 
 
 def _last_dice(progress: Progress) -> str:

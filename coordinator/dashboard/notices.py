@@ -94,7 +94,7 @@ def _stage(progress: Progress, situation: Situation) -> Iterator[Notice]:
             + (", or the study stops." if last else "."),
         )
     possible = len(stage.answered) + len(stage.waiting_for)
-    if stage.stage != "evaluate" and possible < progress.minimum_sites:
+    if stage.stage not in ("evaluate", "own") and possible < progress.minimum_sites:
         yield Notice(
             "look",
             f"{count(progress.minimum_sites, 'hospital')} must answer, and only {possible} can.",

@@ -22,8 +22,9 @@ from coordinator.progress.document import Progress
 from coordinator.progress.tally import FailureEntry, RoundValue, SiteProgress, StageProgress
 from fedseg.plan import StudyPlan
 from fedseg.privacy.words import in_one_line, not_covered, outputs_of
-from fedseg.reports import crosssite
+from fedseg.reports import crosssite, ownmodels
 from fedseg.reports.crosssite import CrossSite, SiteScore
+from fedseg.reports.ownmodels import OwnModels
 
 LOOKS = 8
 MOST_ROUNDS = 10
@@ -125,6 +126,19 @@ def last_measured(progress: Progress) -> CrossSite | None:
         return None
     scores = [_score(site, last) for site in progress.sites]
     return crosssite.compared(scores, round_=last.round)
+
+
+def own_models(plan: StudyPlan, progress: Progress) -> OwnModels | None:
+    """Hospitals' own models over the hospitals; None before the first was measured."""
+    stages = [stage for stage in progress.stages if stage.owner is not None]
+    if not plan.evaluation.own_models or not stages:
+        return None
+    found = {
+        stage.owner: [_told(site, stage) for site in progress.sites]
+        for stage in stages
+        if stage.owner is not None
+    }
+    return ownmodels.gathered(found, (), progress.rounds)
 
 
 def charts(progress: Progress) -> tuple[Chart, ...]:
@@ -232,7 +246,7 @@ def _across(plan: StudyPlan, progress: Progress) -> dict[str, Any] | None:
         "found": found,
         "said": crosssite.sentences(found),
         "standing": crosssite.STANDING_WORDS,
-        "own": crosssite.own_elsewhere(plan),
+        "own": ownmodels.sentences(plan, own_models(plan, progress)),
     }
 
 
@@ -242,6 +256,14 @@ def _score(site: SiteProgress, last: StageProgress) -> SiteScore:
     if told:
         return SiteScore(site.name, "measured", {"dice": told[-1]})
     return SiteScore(site.name, "withheld" if site.name in last.answered else "absent", {})
+
+
+def _told(site: SiteProgress, stage: StageProgress) -> SiteScore:
+    """One hospital in the measuring of an own model."""
+    value = stage.own_dice.get(site.name)
+    if value is not None:
+        return SiteScore(site.name, "measured", {"dice": value})
+    return SiteScore(site.name, "withheld" if site.name in stage.answered else "absent", {})
 
 
 def _curves(progress: Progress, what: str) -> tuple[Curve, ...]:
@@ -284,4 +306,6 @@ def _doing(site: SiteProgress, progress: Progress) -> tuple[str, str]:
         return "bad", words.code_words(failed.code)[0]
     if site.sighting.online is False:
         return "idle", "Waited for"
-    return "busy", {"train": "Training", "evaluate": "Measuring"}.get(stage.stage, "Waited for")
+    return "busy", {"train": "Training", "evaluate": "Measuring", "own": "Measuring"}.get(
+        stage.stage, "Waited for"
+    )

@@ -16,6 +16,7 @@ STAGES = {
     "enlist": "Signing in",
     "train": "Training",
     "evaluate": "Measuring",
+    "own": "Own models",
     "release": "Release",
 }
 _DOING = {
@@ -35,6 +36,7 @@ CODES = {
     "roster": ("Has not approved the new list of hospitals", "`fedseg-site plan approve` again."),
     "task": ("Did not accept the task", "The hospital's audit log has the reason."),
     "not_finite": ("Training gave numbers without a value", "Is the learning rate too high?"),
+    "lost": ("Its own model is not kept any more", "The study goes on without measuring it."),
     "overflow": ("Its update is too large to be added up", "Is the learning rate too high?"),
     "malformed": ("Sent something that is no answer", "Do both sides run the same version?"),
     "stale": ("Answered an earlier task", "It is left out; nothing is counted twice."),
@@ -69,6 +71,8 @@ def stage_line(stage: OpenStage, total: int) -> str:
         return "Hospitals are signing in"
     if stage.stage == "release":
         return "The final model is on its way to the hospitals"
+    if stage.owner is not None:
+        return f"Hospitals are measuring {stage.owner}’s own model"
     return f"Round {stage.round} of {total}: {_DOING.get(stage.stage, stage.stage)}"
 
 

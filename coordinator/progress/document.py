@@ -98,6 +98,6 @@ def load_progress(path: Path) -> Progress | None:
 
 def rounds_closed(position: Position | None, plan: StudyPlan) -> int:
     """How many rounds are wholly over when this stage comes next."""
-    if position is None or position.stage not in ("enlist", "train", "evaluate"):
+    if position is None or position.stage in ("own", "release"):
         return plan.aggregation.rounds
     return max(0, position.round - 1)

@@ -34,7 +34,7 @@ from coordinator.rounds.events import (
     StageClosed,
     StageOpened,
 )
-from fedseg.aggregation.rounds import StudyState
+from fedseg.aggregation.rounds import StudyState, ahead
 from fedseg.aggregation.suspicions import suspicions
 from fedseg.arrays import digest_of
 from fedseg.durable import write_atomically
@@ -135,6 +135,7 @@ class ProgressKeeper:
         """The document as of now."""
         stages = stages_of(self._history, self._timings)
         history, timings = self._with_the_open_stage()
+        to_come = ahead(self._position, self._plan, self._history)
         return Progress(
             study=self._plan.study,
             plan=self._plan.digest,
@@ -153,7 +154,7 @@ class ProgressKeeper:
             sites=sites_of(self._sites, history, timings, self._seen),
             stages=stages,
             checkpoint=self._checkpoint,
-            left_s=seconds_left(self._plan, self._position, stages, self._open_s()),
+            left_s=seconds_left(to_come, stages, self._open_s()),
             suspicions=suspicions(self._history),
         )
 
@@ -169,6 +170,7 @@ class ProgressKeeper:
             round=event.round,
             stage=event.stage,
             attempt=event.attempt,
+            owner=event.owner,
             since=self._time(),
             nodes=event.nodes,
             waiting_for=self._asked(event),
@@ -243,6 +245,7 @@ class ProgressKeeper:
             round=stage.round,
             stage=stage.stage,
             attempt=stage.attempt,
+            owner=stage.owner,
             bytes_down=self._size * (len(self._answers) + reached),
             bytes_up=sum(answer.bytes_up for answer in self._answers),
             answers=tuple(self._answers),

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from statistics import median
+from typing import get_args
 
-from fedseg.aggregation.rounds import Position, schedule
+from fedseg.aggregation.rounds import Position
 from fedseg.frozen import Frozen
-from fedseg.plan import StudyPlan
 from fedseg.result import SiteAnswer, SiteFailure, StageRecord, weighted_mean
+from fedseg.updates import StageName
 
 RECENT = 5
 COUNTED = ("enlist", "train")  # stages whose answers tell the training patients
@@ -48,15 +49,22 @@ class Timing(Frozen):
 
 
 class StageProgress(Frozen):
-    """One closed stage. `loss` and `dice` are means over the sites that answered."""
+    """One closed stage. `loss` and `dice` are means over the sites that answered.
+
+    Attributes:
+        owner: whose own model was measured; None where it was the shared one, or none.
+        own_dice: of that model by site, None where a site withheld it; `dice` is None then.
+    """
 
     round: int
     stage: str
     attempt: int
+    owner: str | None = None
     answered: tuple[str, ...]
     failures: tuple[SiteFailure, ...]
     loss: float | None
     dice: float | None
+    own_dice: dict[str, float | None] = {}
     bytes_down: int
     bytes_up: int
     timing: Timing
@@ -68,6 +76,7 @@ class OpenStage(Frozen):
     round: int
     stage: str
     attempt: int
+    owner: str | None = None
     since: str
     nodes: int
     answered: tuple[str, ...] = ()
@@ -121,10 +130,12 @@ def stages_of(
             round=record.round,
             stage=record.stage,
             attempt=record.attempt,
+            owner=record.owner,
             answered=tuple(answer.site for answer in record.answers),
             failures=record.failures,
             loss=weighted_mean((a.loss, a.patients) for a in record.answers),
-            dice=weighted_mean((a.mean_dice, a.patients) for a in record.answers),
+            dice=None if record.owner else _mean_dice(record),
+            own_dice={a.site: a.mean_dice for a in record.answers} if record.owner else {},
             bytes_down=record.bytes_down,
             bytes_up=record.bytes_up,
             timing=timing,
@@ -170,31 +181,28 @@ def failure_entry(record: StageRecord, failure: SiteFailure, at: str | None) -> 
 
 
 def seconds_left(
-    plan: StudyPlan, position: Position | None, stages: Sequence[StageProgress], open_s: float
+    ahead: Sequence[Position], stages: Sequence[StageProgress], open_s: float
 ) -> float | None:
     """How long the study will go on, if stages take as long as they lately did.
 
     Args:
-        position: the stage that is open or comes next; None when the study is finished.
-        open_s: how long it has been open.
+        ahead: the stages that are open or to come, in order; none when the study is finished.
+        open_s: how long the first of them has been open.
 
     Returns:
         Seconds, or None while no training stage was timed.
     """
-    if position is None:
+    if not ahead:
         return 0.0
     usual = {
         kind: median(times[-RECENT:])
-        for kind in ("enlist", "train", "evaluate", "release")
+        for kind in get_args(StageName)
         if (times := [s.timing.wall_s for s in stages if s.stage == kind and s.timing.wall_s])
     }
     if "train" not in usual:
         return None
-    order = list(schedule(plan))
-    place = (position.round, position.stage)
-    rest = order[order.index(place) :] if place in order else []
-    times = [usual.get(stage, 0.0) for _, stage in rest]
-    return max(0.0, times[0] - open_s) + sum(times[1:]) if times else 0.0
+    times = [usual.get(position.stage, 0.0) for position in ahead]
+    return max(0.0, times[0] - open_s) + sum(times[1:])
 
 
 def _site(name: str, parts: Sequence[Asked], sighting: Sighting) -> SiteProgress:
@@ -210,10 +218,15 @@ def _site(name: str, parts: Sequence[Asked], sighting: Sighting) -> SiteProgress
         failures=len(failures),
         last_failure=failures[-1] if failures else None,
         loss=_curve((r.round, a.loss) for r, a in answers),
-        dice=_curve((r.round, a.mean_dice) for r, a in answers),
+        dice=_curve((r.round, a.mean_dice) for r, a in answers if r.owner is None),
         bytes_down=sum(_share(p.record) for p in parts if not _never_asked(p)),
         bytes_up=sum(answer.bytes_up for _, answer in answers),
     )
+
+
+def _mean_dice(record: StageRecord) -> float | None:
+    """Mean over the sites that answered, by patients."""
+    return weighted_mean((a.mean_dice, a.patients) for a in record.answers)
 
 
 def _timed(

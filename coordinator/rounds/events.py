@@ -16,6 +16,7 @@ class StageOpened:
     Attributes:
         digest: of the task, as answers name it.
         size: bytes of the task as each site is sent it.
+        owner: whose own model is measured; None where it is none's. So it is in every event.
     """
 
     round: int
@@ -24,6 +25,7 @@ class StageOpened:
     nodes: int
     digest: str = ""
     size: int = 0
+    owner: str | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class SiteAnswered:
     stage: StageName
     answer: SiteAnswer
     digest: str = ""
+    owner: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class SiteFailed:
     round: int
     stage: StageName
     failure: SiteFailure
+    owner: str | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from fedseg.aggregation.rounds import Position
 from fedseg.durable import Buffer
+from fedseg.security.consent import Consent
 from fedseg.security.identity import SignedRoll
 
 
@@ -38,6 +39,13 @@ class Exchange(Protocol):
             AnswerError: with code `malformed`, `stale`, `site` or `signature`.
         """
 
+    def require_given(self, consent: Consent) -> None:
+        """Check that the site which a consent names has given it, and still takes part.
+
+        Raises:
+            AnswerError: with code `site` or `signature`.
+        """
+
     def closed(self, position: Position) -> None:
         """The stage is over and the state after it is stored: nothing of it is read any more."""
 
@@ -65,6 +73,9 @@ class Plain:
     def open(self, data: bytes) -> tuple[None, bytes]:
         """The answer, signed by nobody."""
         return None, data
+
+    def require_given(self, consent: Consent) -> None:
+        """Nobody signs."""
 
     def closed(self, position: Position) -> None:
         """Nothing was kept."""

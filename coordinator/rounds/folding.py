@@ -9,19 +9,23 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 from coordinator.rounds.asking import Arrival
 from coordinator.rounds.events import Observer, SiteAnswered, SiteFailed
 from coordinator.rounds.exchange import Exchange
 from coordinator.rounds.roster import Roster
+from fedseg.aggregation.ownmodels import OwnModels, own_model
 from fedseg.aggregation.robust import Combiner
 from fedseg.aggregation.rounds import Outcome, Position, weight_of
+from fedseg.arrays import Arrays, digest_of
 from fedseg.carriage import unwrap
 from fedseg.durable import Buffer
 from fedseg.errors import RoundError, StorageError, TrustError
 from fedseg.plan import StudyPlan
 from fedseg.result import SiteAnswer, SiteFailure
+from fedseg.security.consent import Consent
 from fedseg.updates import (
     AnswerError,
     AnswerHeader,
@@ -37,6 +41,14 @@ logger = logging.getLogger(__name__)
 _FLOWER_CODES = {3: "expired", 4: "expired", 5: "unavailable", 8: "crashed"}
 
 
+@dataclass(frozen=True)
+class Keeping:
+    """Where own models of a training stage are kept, and the shared one that they begin from."""
+
+    models: OwnModels
+    shared: Arrays
+
+
 class Folding:
     """What came in one stage so far.
 
@@ -44,6 +56,7 @@ class Folding:
         position: the stage.
         task: what was asked, and its digest.
         total: combines the updates of a training stage; None in others.
+        keeping: of the last round, where the plan measures own models; None in other stages.
     """
 
     def __init__(
@@ -56,10 +69,11 @@ class Folding:
         exchange: Exchange,
         observe: Observer,
         total: Combiner | None = None,
+        keeping: Keeping | None = None,
     ) -> None:
         self._plan, self._position, (self._task, self._digest) = plan, position, task
         self._roster, self._exchange, self._observe = roster, exchange, observe
-        self._total = total
+        self._total, self._keeping = total, keeping
         self._answers: dict[str, SiteAnswer] = {}
         self._failures: dict[str, SiteFailure] = {}
 
@@ -95,7 +109,7 @@ class Folding:
         self._answers[answer.site] = answer
         self._failures.pop(answer.site, None)
         digest, at = hashlib.sha256(data).hexdigest(), self._position
-        self._observe(SiteAnswered(at.round, at.stage, answer, digest))
+        self._observe(SiteAnswered(at.round, at.stage, answer, digest, at.owner))
 
     def outcome(self, bytes_down: int) -> Outcome:
         """All that came."""
@@ -122,8 +136,25 @@ class Folding:
             raise AnswerError("site", f"{header.site} has answered already")
         if self._total is not None and isinstance(body, Trained):
             self._check_patients(node, body.patients)
+            if body.consent is not None:
+                self._keep(body.consent, delta)
             self._total.fold(delta, weight_of(body, self._plan), header.site)
         return _answer_of(header, size)
+
+    def _keep(self, consent: Consent, delta: Arrays) -> None:
+        """Keep a site's own model, if it is the one that the site let go; before its update counts.
+
+        Raises:
+            AnswerError: it is another one, the consent is not the site's, or nobody asked for it.
+            StorageError: no room here.
+        """
+        if self._keeping is None:
+            raise AnswerError("malformed", "a consent came in a round whose models nobody keeps")
+        self._exchange.require_given(consent)
+        model = own_model(self._keeping.shared, delta)
+        if digest_of(model) != consent.model:
+            raise AnswerError("malformed", "the site consents to another model than it sent")
+        self._keeping.models.keep(consent, model)
 
     def _check_patients(self, node: int, claimed: int | None) -> None:
         """A site weighs at most what it enlisted with: nobody takes a round over by claiming more.
@@ -146,7 +177,7 @@ class Folding:
         logger.warning("round %s %s: %s: %s", at.round, at.stage, failure.site, failure.reason)
         if failure.site not in self._answers:
             self._failures[failure.site] = failure
-            self._observe(SiteFailed(at.round, at.stage, failure))
+            self._observe(SiteFailed(at.round, at.stage, failure, at.owner))
 
 
 def _data_of(message: Arrival) -> bytes:
@@ -170,7 +201,8 @@ def _answer_of(header: AnswerHeader, size: int) -> SiteAnswer:
     body = header.body
     said: dict[str, Any] = {}
     if isinstance(body, Trained):
-        said = {"patients": body.patients, "steps": body.steps, "loss": body.loss}
+        own = None if body.consent is None else body.consent.model
+        said = {"patients": body.patients, "steps": body.steps, "loss": body.loss, "own": own}
     elif isinstance(body, Enlisted):
         said = {"patients": body.patients.get("train", 0), "labels": body.labels}
     elif isinstance(body, Evaluated):

@@ -3,11 +3,13 @@
 One answer is held at a time. An answer that does not fit is refused and named, and the stage goes
 on; a node that has not answered when the time is up is named too, and its late answer is never
 looked at. The state is stored after every stage, before anything else happens; only then are the
-stage's keys destroyed. Between stages a study can be paused, and sites may enlist that came later.
+stage's keys destroyed. Own models that hospitals let go are on disk until they were measured.
+Between stages a study can be paused, and sites may enlist that came later.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
@@ -20,14 +22,16 @@ from coordinator.rounds.events import (
     Observer,
     Paused,
     Resumed,
+    SiteFailed,
     StageClosed,
     StageOpened,
     nobody,
 )
 from coordinator.rounds.exchange import Exchange, Plain
-from coordinator.rounds.folding import Folding
+from coordinator.rounds.folding import Folding, Keeping
 from coordinator.rounds.parcel import Parcel
 from coordinator.rounds.roster import Roster
+from fedseg.aggregation.ownmodels import LostModelError, OwnModels
 from fedseg.aggregation.robust import Combiner, combiner
 from fedseg.aggregation.rounds import (
     ENLIST,
@@ -38,15 +42,18 @@ from fedseg.aggregation.rounds import (
     close_stage,
     enlist_task,
     open_stage,
+    owned,
     release_position,
     release_task,
     require_attempts_left,
 )
 from fedseg.aggregation.spill import sweep
 from fedseg.plan import StudyPlan
-from fedseg.result import StageRecord
+from fedseg.result import SiteFailure, StageRecord
 from fedseg.security.identity import SignedRoll
-from fedseg.updates import StageName
+from fedseg.updates import AnswerError, StageName
+
+logger = logging.getLogger(__name__)
 
 ENLIST_S = 120.0
 LATE_ENLIST_S = 30.0
@@ -78,6 +85,7 @@ class Study:
         every_label: bool = True,
         paused: Callable[[], bool] = lambda: False,
         scratch: Path | None = None,
+        own_models: Path | None = None,
     ) -> None:
         """Bring a study's parts together.
 
@@ -90,7 +98,11 @@ class Study:
             paused: no stage is opened while it says True; asked before every stage.
             scratch: folder of this study's own for the updates of the open round, which robust
                 rules need; what a crash left there is removed.
+            own_models: likewise for hospitals' own models, which a plan that measures them needs;
+                what a crash left there is gone on with.
         """
+        if plan.evaluation.own_models and own_models is None:
+            raise ValueError("a plan that measures own models needs a folder to keep them in")
         self._grid, self._plan, self._store = grid, plan, store
         self._expected, self._needed = nodes, plan.aggregation.minimum_sites
         self._observe, self._reask, self._paused = observe, reask, paused
@@ -99,6 +111,7 @@ class Study:
         self._exchange: Exchange = exchange or Plain()
         self._roster = Roster()
         self._scratch = scratch
+        self._own = None if own_models is None else OwnModels(own_models, plan)
         self._begun = False
         self._history: tuple[StageRecord, ...] = ()
         self._roll: SignedRoll | None = None
@@ -165,14 +178,23 @@ class Study:
     def _run_stage(self, state: StudyState, position: Position, nodes: list[int]) -> StudyState:
         """Open, ask, close and store one stage."""
         started = self._clock.now()
-        task = partial(open_stage, state, self._plan, self._roll)
+        own = self._own
+        task = partial(open_stage, state, self._plan, self._roll, own.load if own else None)
         here = {self._roster.site_of(node) for node in nodes}
         known = {*self._exchange.sites, *self._roster.sites}
         absent = known - here if position.stage != "enlist" else set()
         training = position.stage == "train"
         total = combiner(self._plan, self._scratch) if training else None
+        last = self._plan.evaluation.own_models and position.round == self._plan.aggregation.rounds
+        keeping = Keeping(own, state.server.model) if own and training and last else None
+        kept_back = self._kept_back(state, position)
         try:
-            outcome = self._ask(position, task, nodes, absent=absent, total=total)
+            if kept_back is not None:
+                outcome = self._unasked(position, kept_back)
+            else:
+                outcome = self._ask(
+                    position, task, nodes, absent=absent, total=total, keeping=keeping
+                )
             state = close_stage(state, self._plan, outcome, every_label=self._every_label)
         finally:
             if total is not None:
@@ -181,18 +203,51 @@ class Study:
         self._history = state.history
         if not position.same_stage(state.position):
             self._exchange.closed(position)
+        self._forget_own(state, position.owner)
         self._observe(StageClosed(state.history[-1], self._clock.now() - started))
         return state
 
+    def _kept_back(self, state: StudyState, position: Position) -> SiteFailure | None:
+        """Why an own model cannot be measured although it was let go; None where it can.
+
+        Its owner may be revoked by now, or the disk may have lost it: nobody is asked then, and the
+        study goes on.
+        """
+        if position.owner is None or self._own is None:
+            return None
+        try:
+            digest = owned(self._plan, state.history)[position.owner]
+            consent, _ = self._own.load(position.owner, digest)
+            self._exchange.require_given(consent)
+        except (AnswerError, LostModelError) as error:
+            code = error.code if isinstance(error, AnswerError) else "lost"
+            return SiteFailure(site=position.owner, code=code, reason=str(error))
+        return None
+
+    def _unasked(self, position: Position, why: SiteFailure) -> Outcome:
+        """What a stage brings in which nobody was asked."""
+        logger.warning("%s's own model is not measured: %s", why.site, why.reason)
+        self._observe(SiteFailed(position.round, position.stage, why, position.owner))
+        return Outcome(0, (), (why,))
+
     def _destroy_leftovers(self, state: StudyState) -> None:
-        """Destroy the keys of the last closed stage, which a crash may have left."""
+        """Destroy the keys and own models of closed stages, which a crash may have left."""
         if state.history:
             last = state.history[-1]
-            position = Position.model_validate(
-                {"round": last.round, "stage": last.stage, "attempt": last.attempt}
-            )
+            names = ("round", "stage", "attempt", "owner")
+            position = Position.model_validate({name: getattr(last, name) for name in names})
             if not position.same_stage(state.position):
                 self._exchange.closed(position)
+        self._forget_own(state)
+
+    def _forget_own(self, state: StudyState, owner: str | None = None) -> None:
+        """Remove the own model that was just measured, and all of them once none is to be."""
+        if self._own is None:
+            return
+        if state.position is None or state.position.stage == "release":
+            self._own.clear()
+        elif owner is not None:
+            self._own.remove(owner)
 
     def _between_stages(self, position: Position) -> None:
         """Wait while the study is paused; enlist again where others take part now."""
@@ -234,11 +289,13 @@ class Study:
         at_most_s: float = float("inf"),
         absent: Collection[str] = (),
         total: Combiner | None = None,
+        keeping: Keeping | None = None,
     ) -> Outcome:
         """Send one task to nodes and fold what comes back; who is absent is named."""
         parcel = Parcel(self._exchange, position, task)
         round_, stage, attempt = position.round, position.stage, position.attempt
-        opened = StageOpened(round_, stage, attempt, len(nodes), parcel.digest, parcel.size)
+        size, owner = parcel.size, position.owner
+        opened = StageOpened(round_, stage, attempt, len(nodes), parcel.digest, size, owner)
         self._observe(opened)
         folding = Folding(
             self._plan,
@@ -248,6 +305,7 @@ class Study:
             exchange=self._exchange,
             observe=self._observe,
             total=total,
+            keeping=keeping,
         )
         folding.absent(absent)
         asking = Asking(

@@ -105,7 +105,8 @@ class Recorder:
             case StageClosed():
                 record = event.record
                 fields = {"round": record.round, "answers": len(record.answers)}
-                logger.info("%s is closed", record.stage, extra={FIELDS: fields})
+                of_whom = f" ({record.owner})" if record.owner else ""
+                logger.info("%s%s is closed", record.stage, of_whom, extra={FIELDS: fields})
                 if record.stage == "release":
                     sites = [answer.site for answer in record.answers]
                     self._note("released", record, sites=sites)
@@ -114,6 +115,7 @@ class Recorder:
         self, what: str, of: StageOpened | SiteAnswered | SiteFailed | StageRecord, **facts: Fact
     ) -> None:
         """One entry of the audit and one line of the log."""
-        known: dict[str, Fact] = {"round": of.round, "stage": of.stage, **facts}
+        known: dict[str, Fact] = {"round": of.round, "stage": of.stage}
+        known |= ({} if of.owner is None else {"owner": of.owner}) | facts
         self._chain.append(what, study=self._plan.study, **known)
         logger.info("%s", what.replace("_", " "), extra={FIELDS: known})

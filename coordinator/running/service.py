@@ -74,6 +74,7 @@ def _serve(grid: Grid, folder: StudyFolder) -> None:
         reask=True,
         paused=folder.paused.exists,
         scratch=folder.scratch,
+        own_models=folder.own_models,
     )
     with recorder.presence(SuperLink(folder, folder.settings())):
         try:

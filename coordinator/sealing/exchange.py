@@ -19,6 +19,7 @@ from fedseg.aggregation.rounds import Position
 from fedseg.durable import Buffer
 from fedseg.errors import RoundError, TrustError
 from fedseg.plan import StudyPlan
+from fedseg.security.consent import Consent
 from fedseg.security.envelope import EnvelopeHeader, open_envelope, read_header, seal_envelope
 from fedseg.security.identity import COORDINATOR, Roll, SignedRoll, SiteIdentity
 from fedseg.security.keys import ReceivingKey, SealingKey, SigningKey, VerifyKey
@@ -143,6 +144,18 @@ class SealedExchange:
             raise AnswerError("signature", str(error)) from None
         return header.sender, plain.getbuffer().toreadonly()
 
+    def require_given(self, consent: Consent) -> None:
+        """Check that the site which a consent names has signed it, and is on the roll as it was.
+
+        Raises:
+            AnswerError: `site`: not on the roll, or revoked; `signature`: not signed by that site.
+        """
+        key = VerifyKey.from_text(self._identity(consent.site).signing)
+        try:
+            consent.require_signed(key)
+        except TrustError as error:
+            raise AnswerError("signature", str(error)) from None
+
     def closed(self, position: Position) -> None:
         """Destroy the stage's receiving key, and its tasks."""
         self._outbox.destroy(position)
@@ -183,7 +196,7 @@ class SealedExchange:
         """A site of the roll in force that has not been revoked since."""
         site = self._in_force().roll.site(name)
         if site is None:
-            raise AnswerError("site", f"an answer claims to be of {name}, who is not on the roll")
+            raise AnswerError("site", f"what came claims to be of {name}, who is not on the roll")
         if self.revoked(name):
             raise AnswerError("site", f"{name} was revoked")
         return site

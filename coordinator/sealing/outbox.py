@@ -102,7 +102,8 @@ class Outbox:
 
 def _stage(position: Position) -> str:
     """A stage of a round in a file's name."""
-    return f"{position.round:06d}-{position.stage}"
+    stage = f"{position.round:06d}-{position.stage}"
+    return stage if position.owner is None else f"{stage}+{position.owner}+"
 
 
 def _belongs(name: str, position: Position) -> bool:

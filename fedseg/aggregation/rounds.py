@@ -1,4 +1,7 @@
-"""A study as a state machine: typed stages, one after the other, from the plan alone.
+"""A study as a state machine: typed stages, one after the other, from the plan.
+
+Where the plan says so, one stage for each hospital's own model that was let go comes before the
+release; which those are is in the history.
 
 `open_stage` says what every site is asked (the same bytes for all), `close_stage` takes what came
 back and gives the next state. Both are pure; the coordinator moves bytes and stores states. A state
@@ -8,7 +11,7 @@ the same bits. A stage that too few sites answered is tried again, as often as t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -19,24 +22,36 @@ from fedseg.aggregation.likeness import Likeness, known
 from fedseg.aggregation.server import Model, Presence, ServerState, apply_update
 from fedseg.arrays import Arrays, digest_of
 from fedseg.errors import PlanError, RoundError, UntaughtLabelError
-from fedseg.frozen import Frozen
+from fedseg.frozen import Frozen, SiteName
 from fedseg.plan import StudyPlan
 from fedseg.rates import summed_rate
 from fedseg.result import SiteAnswer, SiteFailure, StageRecord
+from fedseg.security.consent import Consent
 from fedseg.security.identity import SignedRoll
 from fedseg.updates import AnswerError, StageName, TaskHeader, Trained, seal_task
 
+OwnModel = Callable[[str, str], tuple[Consent, Model]]  # of a site, with this digest
+
 
 class Position(Frozen):
-    """Where a study stands: the stage that is to be opened next."""
+    """Where a study stands: the stage that is to be opened next.
+
+    `owner` is the site whose own model is measured in the stage `own`; None in every other.
+    """
 
     round: int
     stage: StageName
     attempt: int = 1
+    owner: SiteName | None = None
 
     def same_stage(self, other: Position | None) -> bool:
         """The same stage of the same round, whichever attempt; a finished study is at none."""
-        return other is not None and (self.round, self.stage) == (other.round, other.stage)
+        return other is not None and self.place == other.place
+
+    @property
+    def place(self) -> tuple[int, StageName, str | None]:
+        """The stage of the round, whichever attempt."""
+        return self.round, self.stage, self.owner
 
 
 ENLIST = Position(round=0, stage="enlist")
@@ -76,7 +91,10 @@ class Outcome:
 
 
 def schedule(plan: StudyPlan) -> Iterator[tuple[int, StageName]]:
-    """Every stage in order: sites enlist, rounds of training and evaluation, the release."""
+    """Every stage in order: sites enlist, rounds of training and evaluation, the release.
+
+    Without the stages of hospitals' own models, which nobody knows before they consent.
+    """
     yield 0, "enlist"
     for round_ in range(1, plan.aggregation.rounds + 1):
         yield round_, "train"
@@ -101,15 +119,51 @@ def first_state(plan: StudyPlan, initial: Model) -> StudyState:
     return StudyState(ENLIST, ServerState(initial))
 
 
-def open_stage(state: StudyState, plan: StudyPlan, roll: SignedRoll | None = None) -> bytes:
+def ahead(
+    position: Position | None, plan: StudyPlan, history: Sequence[StageRecord]
+) -> list[Position]:
+    """This stage and those to come, in order; none when the study is finished.
+
+    Those of own models are among them as far as hospitals have let them go by now.
+    """
+    if position is None:
+        return []
+    fixed = [Position(round=round_, stage=stage) for round_, stage in schedule(plan)]
+    rounds = plan.aggregation.rounds
+    own = [Position(round=rounds, stage="own", owner=site) for site in owned(plan, history)]
+    every = [*fixed[:-1], *own, fixed[-1]]
+    return every[[stage.place for stage in every].index(position.place) :]
+
+
+def owned(plan: StudyPlan, history: Sequence[StageRecord]) -> dict[str, str]:
+    """Site -> digest of its own model, of those that let it go in the last round that counts."""
+    rounds = plan.aggregation.rounds
+    trained = [r for r in history if (r.round, r.stage) == (rounds, "train")]
+    if not trained or not plan.evaluation.own_models:
+        return {}
+    return {a.site: a.own for a in trained[-1].answers if a.own is not None}
+
+
+def open_stage(
+    state: StudyState,
+    plan: StudyPlan,
+    roll: SignedRoll | None = None,
+    own: OwnModel | None = None,
+) -> bytes:
     """The task of the stage that comes next, the same for every site of the round.
 
     Args:
         roll: who takes part; told to the sites when they enlist.
+        own: finds a hospital's own model; needed where the plan measures those.
     """
     position, heads = _open_position(state), last_heads(state.history)
     if position.stage == "enlist":
         return _task(plan, position, None, roll, heads)
+    if position.stage == "own":
+        if own is None or position.owner is None:
+            raise ValueError("a hospital's own model is measured, and nobody said where it lies")
+        consent, model = own(position.owner, owned(plan, state.history)[position.owner])
+        return _task(plan, position, model, None, heads, consent=consent)
     if position.stage == "train":
         return _task(plan, position, state.server.model, None, heads, _control(state, plan))
     return _task(plan, position, state.server.released(plan.aggregation), None, heads)
@@ -186,12 +240,12 @@ def close_stage(
         assert outcome.total is not None
         presence = _presence(position, plan, state.history, outcome.total.weight)
         server = apply_update(server, outcome.total.mean(), plan.aggregation, presence)
-    return StudyState(_after(position, plan), server, history)
+    return StudyState(_after(position, plan, history), server, history)
 
 
 def missing_answers(stage: StageName, plan: StudyPlan, outcome: Outcome) -> int:
     """How many answers are lacking; evaluation and release never hold a study up."""
-    if stage in ("evaluate", "release"):
+    if stage in ("evaluate", "own", "release"):
         return 0
     return plan.aggregation.minimum_sites - len(outcome.answers)
 
@@ -304,6 +358,7 @@ def _task(
     roll: SignedRoll | None,
     heads: dict[str, str],
     control: Model | None = None,
+    consent: Consent | None = None,
 ) -> bytes:
     """The task of one position."""
     header = TaskHeader(
@@ -316,6 +371,7 @@ def _task(
         control=None if control is None else digest_of(control),
         roll=roll,
         heads=heads,
+        consent=consent,
     )
     return seal_task(header, model, control)
 
@@ -327,13 +383,9 @@ def _open_position(state: StudyState) -> Position:
     return state.position
 
 
-def _after(position: Position, plan: StudyPlan) -> Position | None:
+def _after(position: Position, plan: StudyPlan, history: Sequence[StageRecord]) -> Position | None:
     """The stage that follows, or None at the end."""
-    stages = list(schedule(plan))
-    index = stages.index((position.round, position.stage)) + 1
-    if index == len(stages):
-        return None
-    return Position(round=stages[index][0], stage=stages[index][1])
+    return next(iter(ahead(position, plan, history)[1:]), None)
 
 
 def _record(position: Position, outcome: Outcome) -> StageRecord:
@@ -342,6 +394,7 @@ def _record(position: Position, outcome: Outcome) -> StageRecord:
         round=position.round,
         stage=position.stage,
         attempt=position.attempt,
+        owner=position.owner,
         bytes_down=outcome.bytes_down,
         bytes_up=sum(answer.bytes_up for answer in outcome.answers),
         answers=tuple(sorted(outcome.answers, key=lambda answer: answer.site)),

@@ -118,7 +118,7 @@ def sweep(folder: Path) -> None:
         return
     except OSError as error:
         raise StorageError(
-            f"cannot remove {folder.name}, where updates lay while a round was combined: "
+            f"cannot remove {folder.name}, where updates of hospitals lay: "
             f"{error.strerror}; mend the rights and start again"
         ) from error
 

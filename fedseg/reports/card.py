@@ -18,7 +18,8 @@ from fedseg.measures import Metric
 from fedseg.modelfile import ModelHeader
 from fedseg.plan import StudyPlan
 from fedseg.privacy.words import guessed_right, in_one_line, not_covered
-from fedseg.reports.crosssite import CrossSite, Spread, across, own_elsewhere, sentences
+from fedseg.reports import ownmodels
+from fedseg.reports.crosssite import CrossSite, Spread, across, sentences
 from fedseg.result import GuaranteeRecord, SiteAnswer, StageRecord, StudyResult
 from fedseg.task import Channel
 
@@ -129,7 +130,7 @@ def card_of_history(
         caveats: besides those that follow from the plan.
         file: name of the model's file.
     """
-    found = across(plan, stages, sites)
+    found, own = across(plan, stages, sites), ownmodels.own_models(plan, stages, sites)
     seeded = guarantee is not None and not guarantee.private
     standing: Standing = "none" if plan.private is None else "not private" if seeded else "kept"
     told = _training(stages, sites)
@@ -147,7 +148,7 @@ def card_of_history(
         measured_after=found.round,
         measured=_measured(found, stages),
         spread=found.spread,
-        findings=(*sentences(found), own_elsewhere(plan)),
+        findings=(*sentences(found), *ownmodels.sentences(plan, own)),
         caveats=(*caveats, *_caveats(plan, simulated=simulated)),
         missing=tuple(missing),
     )

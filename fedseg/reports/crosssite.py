@@ -24,9 +24,8 @@ STANDING_WORDS: dict[Standing, str] = {
     "absent": "nothing measured",
 }
 NOT_PASSED_ON = (
-    "No hospital’s own model was measured at another hospital: fedseg passes no hospital’s model "
-    "and no hospital’s update on to the others, under any plan; what goes round is the combined "
-    "model."
+    "No hospital’s own model was measured at another hospital: by this plan no hospital’s model "
+    "and no update is passed on to the others; what goes round is the combined model."
 )
 _BY_KRUM = " With Krum the combined model of a round is the shared one moved by one hospital alone."
 _ORDER: tuple[Standing, ...] = ("measured", "withheld", "absent")
@@ -97,8 +96,7 @@ def across(plan: StudyPlan, stages: Sequence[StageRecord], sites: Sequence[str] 
     answers = {a.site: a for a in measured[-1].answers} if measured else {}
     everyone = sorted({*sites, *(a.site for record in stages for a in record.answers)})
     noised = plan.privacy.outputs.metrics == "noised"
-    hidden = plan.privacy.outputs.metrics == "none"
-    scores = [_told(site, answers.get(site), plan, hidden) for site in everyone]
+    scores = [told(site, answers.get(site), plan) for site in everyone]
     return compared(scores, round_=measured[-1].round if measured else None, noised=noised)
 
 
@@ -151,22 +149,22 @@ def sentences(found: CrossSite) -> tuple[str, ...]:
     if dice is not None:
         known = len(found.named("measured"))
         said += [
-            f"The shared model fares worst at {dice.worst_site}: Dice {_number(dice.worst)}, "
-            f"{_number(dice.gap)} below the mean of the {known} hospitals that told.",
-            f"It fares best at {dice.best_site} with {_number(dice.best)}. The standard deviation "
-            f"over the hospitals is {_number(dice.deviation)}, and Jain’s index "
-            f"{_number(dice.jain, 4)}: 1 would be the same everywhere, {_number(1 / known)} all "
+            f"The shared model fares worst at {dice.worst_site}: Dice {number(dice.worst)}, "
+            f"{number(dice.gap)} below the mean of the {known} hospitals that told.",
+            f"It fares best at {dice.best_site} with {number(dice.best)}. The standard deviation "
+            f"over the hospitals is {number(dice.deviation)}, and Jain’s index "
+            f"{number(dice.jain, 4)}: 1 would be the same everywhere, {number(1 / known)} all "
             "at one hospital. It stays close to 1 even where one hospital lags, so look at the "
             "worst one.",
         ]
     if found.noised and found.named("measured"):
         said.append("These numbers left with noise, which makes hospitals look less alike.")
     if held := found.named("withheld"):
-        said.append(f"Withheld: {_listed(held)}. The worst hospital may be among those.")
+        said.append(f"Withheld: {listed(held)}. The worst hospital may be among those.")
     if away := found.named("absent") if found.named("measured") else ():
-        said.append(f"Nothing was measured lately at {_listed(away)}.")
+        said.append(f"Nothing was measured lately at {listed(away)}.")
     if dice is not None:
-        said.append(f"The mean over hospitals, each counted once, is {_number(dice.mean)}.")
+        said.append(f"The mean over hospitals, each counted once, is {number(dice.mean)}.")
     return tuple(said)
 
 
@@ -175,21 +173,32 @@ def own_elsewhere(plan: StudyPlan) -> str:
     return NOT_PASSED_ON + (_BY_KRUM if plan.aggregation.combine.rule == "krum" else "")
 
 
-def _absent(found: CrossSite) -> str:
-    """Why no hospital's number is known."""
-    if found.round is None and not found.named("withheld"):
-        return "The shared model was not measured at any hospital yet."
-    return "No hospital’s number is known to the coordinator."
-
-
-def _told(site: str, answer: SiteAnswer | None, plan: StudyPlan, hidden: bool) -> SiteScore:
-    """One hospital as the coordinator knows it."""
+def told(site: str, answer: SiteAnswer | None, plan: StudyPlan) -> SiteScore:
+    """One hospital as the coordinator knows it; None where it did not answer."""
+    hidden = plan.privacy.outputs.metrics == "none"
     if answer is None:
         return SiteScore(site, "withheld" if hidden else "absent", {})
     values = _values({m: mean_of(answer.scores.get(m, {})) for m in plan.evaluation.metrics})
     if not values and answer.patients == 0:
         return SiteScore(site, "absent", {}, 0)
     return SiteScore(site, "measured" if values else "withheld", values, answer.patients)
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A true minus sign, and three decimals unless more are asked for."""
+    return f"{value + 0.0:.{digits}f}".replace("-", "−")
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _absent(found: CrossSite) -> str:
+    """Why no hospital's number is known."""
+    if found.round is None and not found.named("withheld"):
+        return "The shared model was not measured at any hospital yet."
+    return "No hospital’s number is known to the coordinator."
 
 
 def _seen(site: str, patients: Sequence[PatientScores], metrics: Sequence[Metric]) -> SiteScore:
@@ -202,13 +211,3 @@ def _seen(site: str, patients: Sequence[PatientScores], metrics: Sequence[Metric
 def _values(found: dict[Metric, float | None]) -> dict[Metric, float]:
     """The metrics that have a value."""
     return {metric: value for metric, value in found.items() if value is not None}
-
-
-def _number(value: float, digits: int = 3) -> str:
-    """A true minus sign, and three decimals unless more are asked for."""
-    return f"{value + 0.0:.{digits}f}".replace("-", "−")
-
-
-def _listed(names: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -39,6 +39,8 @@ class Point(NamedTuple):
 def points(result: StudyResult) -> Iterator[Point]:
     """All numbers of all stages, in the order of the stages: each site, then all sites."""
     for record in result.stages:
+        if record.owner is not None:  # one hospital's own model is no point of the shared one's
+            continue
         own = {answer.site: tuple(_answer_points(answer)) for answer in record.answers}
         everyone: list[tuple[str, str, float]] = list(_together(record, own))
         for site, values in (*own.items(), (ALL, everyone)):

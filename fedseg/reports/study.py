@@ -20,7 +20,7 @@ from fedseg.durable import write_atomically
 from fedseg.evaluation.estimates import FEWEST
 from fedseg.measures import Metric
 from fedseg.privacy.words import outputs_of
-from fedseg.reports import crosssite, findings, traffic
+from fedseg.reports import crosssite, findings, ownmodels, traffic
 from fedseg.reports.charts import Curve, curve_chart, dice_chart
 from fedseg.reports.curves import ALL, points
 from fedseg.reports.figures import RANKS, Overlay, label_colours, overlay_pictures
@@ -46,6 +46,7 @@ STAGE_WORDS = {
     "enlist": "Enlist: count the patients",
     "train": "Train",
     "evaluate": "Evaluate",
+    "own": "Evaluate each hospital’s own model",
     "release": "Release: bring the final model",
     "total": "Total",
 }
@@ -123,14 +124,33 @@ def _across(result: StudyResult) -> dict[str, Any] | None:
     said = () if found is None else crosssite.sentences(found)
     if not said:
         return None
+    sites = [site.name for site in result.sites]
+    own = ownmodels.own_models(result.plan, result.stages, sites)
     return {
         "found": found,
         "said": said,
-        "known": crosssite.across(result.plan, result.stages, [s.name for s in result.sites]),
+        "known": crosssite.across(result.plan, result.stages, sites),
         "titles": {metric: title for metric, title, _ in METRICS},
         "standing": crosssite.STANDING_WORDS,
-        "own": crosssite.own_elsewhere(result.plan),
+        "own": ownmodels.sentences(result.plan, own),
+        "own_models": _own_models(own, sites),
+        "sites": sites,
     }
+
+
+def _own_models(found: ownmodels.OwnModels | None, sites: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each own model: worst, spread, mean, then its Dice at every hospital."""
+    rows = []
+    for owner, across in (found.measured if found else {}).items():
+        dice = {s.site: s.values.get("dice") for s in across.scores}
+        rows.append(
+            {
+                "owner": owner,
+                "spread": ownmodels.dice_of(across),
+                "dice": [dice.get(site) for site in sites],
+            }
+        )
+    return rows
 
 
 def _curve_charts(result: StudyResult) -> list[dict[str, str]]:

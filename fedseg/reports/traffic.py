@@ -103,7 +103,8 @@ def _round_line(result: StudyResult, block: Sequence[int]) -> RoundLine:
     """The line of one block of rounds."""
     records = [record for record in result.stages if record.round in block]
     losses = [v for r in records if (v := _mean(r, "loss")) is not None]
-    dices = [v for r in records if (v := _mean(r, "mean_dice")) is not None]
+    shared = [record for record in records if record.owner is None]
+    dices = [v for r in shared if (v := _mean(r, "mean_dice")) is not None]
     return RoundLine(
         rounds=spans(block),
         traffic=traffic(records, "round"),

@@ -24,11 +24,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from fedseg.arrays import Arrays, seed_for
+from fedseg.aggregation.ownmodels import own_model
+from fedseg.arrays import Arrays, digest_of, seed_for
 from fedseg.container import pack, unpack
 from fedseg.imaging.cases import Cohort
 from fedseg.task import Task
-from fedseg.updates import AnswerHeader, Trained
+from fedseg.updates import AnswerHeader, TaskHeader, Trained
 
 Handle = Callable[[bytes], bytes]
 Attack = Literal["sign_flip", "scaled_noise", "label_swap", "alie"]
@@ -63,15 +64,15 @@ def poisoned(attack: Attack, task: bytes, round_: int, honest: Handle, means: Me
     if not isinstance(header.body, Trained):
         return pack(header, delta)
     if attack == "sign_flip":
-        return pack(header, {name: _as(-FLIP * _wide(a), a) for name, a in delta.items()})
+        return _said(header, {name: _as(-FLIP * _wide(a), a) for name, a in delta.items()}, task)
     if attack == "scaled_noise":
         seed = seed_for(means.seed, header.site, round_, "attack")
-        return pack(header, _loud(delta, np.random.default_rng(seed)))
+        return _said(header, _loud(delta, np.random.default_rng(seed)), task)
     others = means.colluders or {}
     answers = {site: _opened(handle(task)) for site, handle in others.items()}
     told = {site: d for site, (h, d) in answers.items() if isinstance(h.body, Trained)}
     told[header.site] = delta
-    return pack(header, a_little_is_enough([told[site] for site in sorted(told)]))
+    return _said(header, a_little_is_enough([told[site] for site in sorted(told)]), task)
 
 
 def a_little_is_enough(honest: Sequence[Arrays], deviations: float = ALIE_Z) -> Delta:
@@ -93,6 +94,17 @@ def label_swapped(cohort: Cohort, task: Task) -> Cohort:
     drawn = value_mapping(task, cohort.label_map)
     pairs = ((value, other.get(meant, meant)) for value, meant in drawn.items())
     return replace(cohort, label_map=tuple(sorted(pairs)))
+
+
+def _said(header: AnswerHeader, delta: Delta, task: bytes) -> bytes:
+    """An attacker's answer; where it lets its own model go, that is the one that it made up."""
+    body = header.body
+    if isinstance(body, Trained) and body.consent is not None:
+        _, model = unpack(task, TaskHeader, max_bytes=_ANY_SIZE, schema=None)
+        false = {"model": digest_of(own_model(model, delta))}
+        consent = body.consent.model_copy(update=false)
+        header = header.model_copy(update={"body": body.model_copy(update={"consent": consent})})
+    return pack(header, delta)
 
 
 def _loud(delta: Delta, rng: np.random.Generator) -> Delta:

@@ -23,6 +23,7 @@ from fedseg.simulation.federation import Federation, require_sites, site_folder
 from sites.journal import Journal
 
 SCRATCH = "scratch"
+OWN_MODELS = "own"
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def run_federation(
                 observe=timed,
                 every_label=federation.every_label,
                 scratch=federation.folder / SCRATCH,
+                own_models=federation.folder / OWN_MODELS,
             )
             study.run(state)
 
@@ -146,7 +148,7 @@ def _without_heads(state: StudyState) -> StudyState:
 
 def _key(record: StageRecord) -> str:
     """A stage's name in the notes of how long it took."""
-    return f"{record.round} {record.stage} {record.attempt}"
+    return f"{record.round} {record.stage} {record.attempt} {record.owner or ''}".rstrip()
 
 
 def _compute_of(federation: Federation, site: str) -> float:

@@ -25,6 +25,7 @@ from fedseg.errors import RoundError, UntaughtLabelError
 from fedseg.imaging.cases import Cohort, Split
 from fedseg.learning.finetune import Finetuning
 from fedseg.plan import StudyPlan
+from fedseg.reports.ownmodels import own_models, recorded
 from fedseg.result import ArmName, GuaranteeRecord, Run, SiteSummary, StudyResult
 from fedseg.simulation.arms import arm_of, finetuned_arm, initial_arm
 from fedseg.simulation.baselines import baselines_of
@@ -90,6 +91,10 @@ def simulate(
         sites=tuple(_summary(c, whole.left_out.get(c.site, 0)) for c in whole.cohorts),
         stages=trained["federated"].state.history,
         arms=arms,
+        own_models=recorded(
+            own_models(plan, trained["federated"].state.history),
+            trained["federated"].state.history,
+        ),
         guarantee=_guarantee(whole, trained["federated"]),
         run=Run(
             engine=options.engine,

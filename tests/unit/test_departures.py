@@ -139,6 +139,7 @@ class TestList:
             "body.patients": "null",
             "body.steps": "1",
             "body.loss": "null",
+            "body.consent": "null",
         }
 
     def test_words_for_people(self, site: Hospital) -> None:

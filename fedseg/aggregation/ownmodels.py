@@ -1,0 +1,100 @@
+"""The hospitals' own models on the coordinator's disk, from the last round until they are measured.
+
+A hospital's own model is the last shared one with that hospital's last update. The coordinator has
+both anyway; a hospital that consents says by digest which model it lets go, so both compute it by
+the same sums and get the same bits. Each lies in a file of its own from before its update counts,
+so that a killed study goes on; the folder is 0700 and its files 0600, for they are updates in the
+clear. Each is removed once it was measured.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedseg.aggregation.spill import sweep
+from fedseg.arrays import Arrays, digest_of
+from fedseg.container import packed, unpack
+from fedseg.durable import make_folder, write_atomically
+from fedseg.errors import StorageError, TrustError
+from fedseg.plan import StudyPlan
+from fedseg.security.consent import Consent
+
+_ENDING = ".own"
+_HEADER_ROOM = 64 * 1024
+
+
+class LostModelError(TrustError):
+    """An own model that was kept is not there any more, or is another one."""
+
+
+def own_model(shared: Arrays, update: Arrays) -> dict[str, NDArray[Any]]:
+    """The shared model with one hospital's update, in the model's dtypes.
+
+    Args:
+        shared: every tensor of the model.
+        update: trained less shared, of the tensors that travel; the others stay as they are.
+    """
+    return {
+        name: np.add(values, update[name]).astype(values.dtype) if name in update else values
+        for name, values in shared.items()
+    }
+
+
+class OwnModels:
+    """A folder with one file a hospital."""
+
+    def __init__(self, folder: Path, plan: StudyPlan) -> None:
+        self._folder, self._plan = folder, plan
+
+    def keep(self, consent: Consent, model: Arrays) -> None:
+        """Store one hospital's own model; it is on disk, whole, when this returns.
+
+        Raises:
+            StorageError: the disk is full or the place cannot be written.
+        """
+        try:
+            make_folder(self._folder, mode=0o700)
+        except OSError as error:
+            raise StorageError(
+                f"cannot make {self._folder.name}, where hospitals' own models are kept: "
+                f"{error.strerror}; mend the rights and start again"
+            ) from error
+        write_atomically(self._path(consent.site), packed(consent, model), mode=0o600)
+
+    def load(self, site: str, digest: str) -> tuple[Consent, dict[str, NDArray[Any]]]:
+        """The consent and the model of a hospital, as the study's history has it.
+
+        Raises:
+            LostModelError: it is not there, damaged, or another one.
+        """
+        limit = self._plan.built.nbytes + 1024 * len(self._plan.built.tensors) + _HEADER_ROOM
+        try:
+            data = self._path(site).read_bytes()
+            consent, model = unpack(data, Consent, max_bytes=limit, schema=self._plan.built.tensors)
+        except OSError as error:
+            raise LostModelError(f"{site}'s own model cannot be read: {error.strerror}") from None
+        except TrustError as error:
+            raise LostModelError(f"{site}'s own model is damaged: {error}") from None
+        if not (consent.model, consent.site) == (digest, site) == (digest_of(model), site):
+            raise LostModelError(f"{site}'s own model is not the one that the study's history has")
+        return consent, model
+
+    def remove(self, site: str) -> None:
+        """Remove one hospital's own model, if it is there."""
+        self._path(site).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove all of them.
+
+        Raises:
+            StorageError: they cannot be removed.
+        """
+        sweep(self._folder)
+
+    def _path(self, site: str) -> Path:
+        """Where a hospital's own model lies."""
+        return self._folder / f"{site}{_ENDING}"

@@ -1,0 +1,136 @@
+"""Each hospital's own model at every hospital: the worst and the spread first, the mean second.
+
+Its own model is the last shared one with its last update, where its policy let that go to the
+others. What is known is what each hospital let leave of its own measuring. Whose model stayed at
+home is named, for the worst may be among those. Nothing here needs numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fedseg.plan import StudyPlan
+from fedseg.reports.crosssite import (
+    CrossSite,
+    SiteScore,
+    Spread,
+    compared,
+    listed,
+    number,
+    own_elsewhere,
+    told,
+)
+from fedseg.result import OwnModelScores, StageRecord
+
+WHAT = (
+    "A hospital’s own model is the last shared one with that hospital’s last update in it. Where "
+    "its policy let it go, every hospital got it and measured it on its own held-back patients."
+)
+NOT_YET = (
+    "After the last round each hospital’s own model is measured at every hospital, where its "
+    "policy lets it go there."
+)
+
+
+@dataclass(frozen=True)
+class OwnModels:
+    """All own models that were let go, worst first; and whose was not.
+
+    Attributes:
+        measured: site -> its model over the hospitals.
+        at_home: sites that trained in the last round and let no model go.
+    """
+
+    measured: Mapping[str, CrossSite]
+    at_home: tuple[str, ...]
+
+
+def own_models(
+    plan: StudyPlan, stages: Sequence[StageRecord], sites: Sequence[str] = ()
+) -> OwnModels | None:
+    """What the coordinator knows; None where the plan measures none, or no round is left yet.
+
+    Args:
+        stages: the study's history.
+        sites: who is enrolled besides those who ever answered.
+    """
+    last = [r for r in stages if (r.round, r.stage) == (plan.aggregation.rounds, "train")]
+    if not plan.evaluation.own_models or not last:
+        return None
+    everyone = sorted({*sites, *(a.site for record in stages for a in record.answers)})
+    found: dict[str, list[SiteScore]] = {}
+    for record in stages:
+        if record.owner is not None:
+            answers = {a.site: a for a in record.answers}
+            found[record.owner] = [told(site, answers.get(site), plan) for site in everyone]
+    at_home = tuple(a.site for a in last[-1].answers if a.own is None)
+    return gathered(found, at_home, plan.aggregation.rounds)
+
+
+def gathered(
+    found: Mapping[str, Iterable[SiteScore]], at_home: Sequence[str], round_: int
+) -> OwnModels:
+    """Own models in the order worst Dice first; those that nobody told of come last."""
+    measured = {owner: compared(scores, round_=round_) for owner, scores in found.items()}
+    order = sorted(measured, key=lambda owner: (_worst(measured[owner]), owner))
+    return OwnModels({owner: measured[owner] for owner in order}, tuple(sorted(at_home)))
+
+
+def recorded(found: OwnModels | None, stages: Sequence[StageRecord]) -> tuple[OwnModelScores, ...]:
+    """The same for result.json, by name."""
+    digests = {a.site: a.own for record in stages for a in record.answers if a.own is not None}
+    return tuple(
+        OwnModelScores(
+            site=owner,
+            model=digests[owner],
+            scores={score.site: dict(score.values) for score in sorted(across.scores, key=_name)},
+        )
+        for owner, across in sorted((found.measured if found else {}).items())
+    )
+
+
+def sentences(plan: StudyPlan, found: OwnModels | None) -> tuple[str, ...]:
+    """The worst first, or why there is no hospital's own model in the comparison."""
+    if found is None:
+        return (NOT_YET if plan.evaluation.own_models else own_elsewhere(plan),)
+    said = [WHAT]
+    said += [_sentence(owner, across) for owner, across in found.measured.items()]
+    if found.at_home:
+        said.append(
+            f"Not passed on, since the hospital did not consent: the own model of "
+            f"{listed(found.at_home)}."
+        )
+    return tuple(said)
+
+
+def dice_of(across: CrossSite) -> Spread | None:
+    """The spread of the Dice, where at least two hospitals told it."""
+    return next((spread for spread in across.spread if spread.metric == "dice"), None)
+
+
+def _sentence(owner: str, across: CrossSite) -> str:
+    """One own model over the hospitals."""
+    dice, known = dice_of(across), across.named("measured")
+    if dice is None:
+        who = f"{listed(known)} alone told of it" if known else "no hospital told of it"
+        return f"{owner}’s own model: {who}, so there is nothing to compare."
+    home = next((s.values.get("dice") for s in across.scores if s.site == owner), None)
+    at_home = "" if home is None else f" At home its Dice is {number(home)}."
+    held = across.named("withheld")
+    missing = f" Withheld: {listed(held)}." if held else ""
+    return (
+        f"{owner}’s own model fares worst at {dice.worst_site}: Dice {number(dice.worst)}; the "
+        f"standard deviation over the {len(known)} hospitals that told is "
+        f"{number(dice.deviation)}, the mean {number(dice.mean)}.{at_home}{missing}"
+    )
+
+
+def _worst(across: CrossSite) -> float:
+    """The lowest Dice; above every Dice where none is known."""
+    return min((s.values["dice"] for s in across.scores if "dice" in s.values), default=2.0)
+
+
+def _name(score: SiteScore) -> str:
+    """Whose score it is."""
+    return score.site
