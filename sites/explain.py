@@ -165,8 +165,8 @@ def _learnt(plan: StudyPlan, sites: int) -> tuple[str, ...]:
     return (
         coordinator,
         f"The other hospitals ({max(sites - 1, 0)} so far) get the common model of every round, "
-        f"{_passed_on(plan)} What they can draw from it concerns all the others together; the fewer "
-        f"take part, the more it is about you.{alone}",
+        f"{_passed_on(plan)} What they can draw from the common model concerns all the others "
+        f"together; the fewer take part, the more it is about you.{alone}",
         "Who carries the messages (network, proxy, Flower's server): that this hospital takes "
         "part, when, and how large messages are. The content is sealed between trainer and "
         "coordinator.",
@@ -179,14 +179,14 @@ def _passed_on(plan: StudyPlan) -> str:
     if not plan.evaluation.own_models:
         return "not your updates."
     line = "own_model_unprotected" if plan.private is None else "own_model_guaranteed"
-    bounded = (
-        "and may attempt with it what the coordinator may with your updates"
+    meaning = (
+        "They may then attempt what the coordinator may."
         if plan.private is None
-        else "which the guarantee covers as it does your updates"
+        else "The guarantee covers it as it does your updates."
     )
     return (
         f"not your updates; but with {line}: true in this hospital's policy.yaml they get your own "
-        f"model of the last round, can work out your last update from it, {bounded}."
+        f"model of the last round, and can work out your last update from it. {meaning}"
     )
 
 

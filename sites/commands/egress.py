@@ -134,6 +134,9 @@ def _what(each: Departure) -> str:
     if "round" in facts:
         attempt = f", attempt {facts['attempt']}" if facts["attempt"] != 1 else ""
         said += f", round {facts['round']} {facts['stage']}{attempt}"
+        said += f" (own model of {facts['owner']})" if "owner" in facts else ""
+    if any(field.startswith("body.consent.model=") for field in _fields(each)):
+        said += ", lets own model go to the other hospitals"
     if facts["repeated"]:
         said += ", repeated"
     if "late_s" in facts:
