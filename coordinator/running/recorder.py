@@ -97,7 +97,10 @@ class Recorder:
             case SiteAnswered():
                 answer = event.answer
                 size, digest = answer.bytes_up, event.digest
-                self._note("answer_received", event, site=answer.site, bytes=size, digest=digest)
+                own: dict[str, Fact] = {} if answer.own is None else {"own_model": answer.own}
+                self._note(
+                    "answer_received", event, site=answer.site, bytes=size, digest=digest, **own
+                )
             case SiteFailed():
                 site, code = event.failure.site, event.failure.code
                 reason = event.failure.reason[:MAX_REASON]

@@ -240,7 +240,8 @@ class Watcher:
             after = time.monotonic() - self._started
             where = f"round {record.round} " if record.round else ""
             dice = "" if record.dice is None else f", Dice {record.dice:.3f}"
-            self._say(f"{after:6.1f} s  {where}{record.stage}: {answered}{dice}{failed}")
+            stage = f"{record.stage} of {record.owner}" if record.owner else record.stage
+            self._say(f"{after:6.1f} s  {where}{stage}: {answered}{dice}{failed}")
         self._seen = len(progress.stages)
 
 

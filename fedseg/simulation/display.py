@@ -111,7 +111,8 @@ class Display:
             return
         dice = [a.mean_dice for a in record.answers if a.mean_dice is not None]
         loss = [a.loss for a in record.answers if a.loss is not None]
-        parts = [f"round {record.round}/{rounds} {record.stage}"]
+        stage = f"{record.stage} of {record.owner}" if record.owner else record.stage
+        parts = [f"round {record.round}/{rounds} {stage}"]
         parts += [f"loss {sum(loss) / len(loss):.3f}"] if loss else []
         parts += [f"Dice {sum(dice) / len(dice):.3f}, worst {min(dice):.3f}"] if dice else []
         parts += [f"{f.site}: {f.code}" for f in record.failures]
