@@ -140,6 +140,30 @@ def test_the_report_names_the_worst_and_the_withheld(tmp_path: Path) -> None:
     assert "passed on to the others" in section
 
 
+def test_the_report_has_a_row_for_each_own_model_and_names_whose_stayed(tmp_path: Path) -> None:
+    plan = make_plan()
+    asked = plan.evaluation.model_copy(update={"own_models": True})
+    result = make_result(plan=plan.model_copy(update={"evaluation": asked}))
+    first, second = (site.name for site in result.sites[:2])
+    trained = max(i for i, r in enumerate(result.stages) if r.stage == "train")
+    answers = tuple(
+        answer.model_copy(update={"own": "1" * 64 if answer.site == first else None})
+        for answer in result.stages[trained].answers
+    )
+    own = measuring(20, told(first, 0.9), told(second, 0.25)).model_copy(
+        update={"stage": "own", "owner": first}
+    )
+    changed = result.stages[trained].model_copy(update={"answers": answers})
+    stages = (*result.stages[:trained], changed, *result.stages[trained + 1 :], own)
+    section = _html(result.model_copy(update={"stages": stages}), tmp_path)
+    section = section.split('id="across"')[1].split("</section>")[0]
+    row = section.split("Each hospital’s own model at every hospital")[1].split("</table>")[0]
+    assert f'<th scope="row">{first}</th><td class="main">0.250</td>' in row
+    assert "0.900" in row and "not told" in row
+    assert "did not consent: the own model of hospital_2" in section
+    assert "passed on to the others" not in section
+
+
 def _html(result: StudyResult, folder: Path) -> str:
     write_report(result, (), folder / "report.html")
     return (folder / "report.html").read_text(encoding="utf-8")

@@ -18,6 +18,8 @@ from pure_studies import run_purely, train
 from small_parties import Party, roll_of
 from small_plans import answer, body_of, built_plan, private_values, tiny_model, values
 
+from coordinator.dashboard.notices import Situation
+from coordinator.dashboard.page import render
 from coordinator.progress.keeper import ProgressKeeper
 from coordinator.rounds.events import Event, SiteFailed, StageClosed, StageOpened, nobody
 from coordinator.rounds.study import Study
@@ -511,6 +513,18 @@ class TestSealed:
         assert ("site_b", "site_b", "site") in failed
 
 
+class Shown(Kept):
+    """A store whose states a progress document shows."""
+
+    def __init__(self, keeper: ProgressKeeper) -> None:
+        super().__init__()
+        self._keeper = keeper
+
+    def save(self, state: StudyState) -> None:
+        super().save(state)
+        self._keeper.stored(state)
+
+
 class TestTold:
     def test_the_progress_shows_whose_model_and_no_curve_takes_it_for_the_shared_one(
         self, tmp_path: Path
@@ -527,8 +541,7 @@ class TestTold:
                 shown = keeper.document().open
                 assert shown is not None and shown.owner == event.owner
 
-        save = runner.kept.save
-        runner.kept.save = lambda s: (save(s), keeper.stored(s))[0]  # type: ignore[method-assign]
+        runner.kept = Shown(keeper)
         runner.run(observe=look)
         told = keeper.document()
         assert told.finished
@@ -537,6 +550,26 @@ class TestTold:
         assert own[1].own_dice == pytest.approx({site: measured("site_b", site) for site in SITES})
         curve = told.site("site_a")
         assert curve is not None and curve.dice[-1].value == pytest.approx(measured(None, "site_a"))
+
+    def test_the_dashboard_says_how_each_own_model_fares(self, tmp_path: Path) -> None:
+        start = first_state(PLAN, tiny_model())
+        keeper = ProgressKeeper(tmp_path / "progress.json", PLAN, start, sites=SITES)
+        runner = Runner(tmp_path)
+        runner.kept = Shown(keeper)
+        shown: list[str] = []
+
+        def look(event: Event) -> None:
+            keeper(event)
+            if isinstance(event, StageOpened) and event.owner == "site_b":
+                shown.append(render(PLAN, keeper.document(), Situation()))
+
+        runner.run(observe=look)
+        shown.append(render(PLAN, keeper.document(), Situation()))
+        during, after = shown
+        assert "Hospitals are measuring site_b’s own model" in during
+        assert "site_a’s own model fares worst at site_a: Dice 0.100" in during
+        assert "site_b’s own model fares" not in during
+        assert all(f"{site}’s own model fares worst" in after for site in SITES)
 
     def test_the_worst_comes_first_then_the_spread_then_the_mean(self, tmp_path: Path) -> None:
         found = ownmodels.own_models(PLAN, Runner(tmp_path).run().history)
