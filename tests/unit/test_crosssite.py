@@ -13,7 +13,9 @@ from study_results import make_plan, make_result
 
 from fedseg.reports import crosssite
 from fedseg.reports.crosssite import SiteScore, Standing, across, compared, sentences, simulated
+from fedseg.reports.curves import points
 from fedseg.reports.study import write_report
+from fedseg.reports.traffic import by_round
 from fedseg.result import SiteAnswer, StageRecord, StudyResult
 
 
@@ -162,6 +164,16 @@ def test_the_report_has_a_row_for_each_own_model_and_names_whose_stayed(tmp_path
     assert "0.900" in row and "not told" in row
     assert "did not consent: the own model of hospital_2" in section
     assert "passed on to the others" not in section
+
+
+def test_an_own_model_is_no_point_of_the_shared_ones_curves() -> None:
+    result = make_result()
+    own = measuring(20, told("hospital_1", 0.01)).model_copy(
+        update={"stage": "own", "owner": "hospital_1"}
+    )
+    more = result.model_copy(update={"stages": (*result.stages, own)})
+    assert tuple(points(more)) == tuple(points(result))
+    assert by_round(more)[-1].dice == by_round(result)[-1].dice
 
 
 def _html(result: StudyResult, folder: Path) -> str:
