@@ -29,7 +29,8 @@ from fedseg.models.zoo import build_network, initial_model, load_tensors
 from fedseg.plan import StudyPlan
 from fedseg.privacy.schedule import calibrated
 from fedseg.result import StageRecord, load_result, mean_scores
-from fedseg.simulation.federation import Federation, run_federation
+from fedseg.simulation.federation import Federation
+from fedseg.simulation.running import run_federation
 from sites.cohort import choose_cohort
 from sites.folder import SiteFolder
 from sites.founding import found
