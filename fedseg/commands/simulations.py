@@ -51,7 +51,7 @@ def run(
     without: Annotated[
         list[str] | None,
         typer.Option(
-            help="SITE:LABEL: train this hospital as if it did not annotate the label; models are "
+            help="SITE:LABEL, train this hospital as if it did not annotate the label; models are "
             "measured on all that is drawn there."
         ),
     ] = None,

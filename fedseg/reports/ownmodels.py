@@ -94,14 +94,21 @@ def sentences(plan: StudyPlan, found: OwnModels | None) -> tuple[str, ...]:
     """The worst first, or why there is no hospital's own model in the comparison."""
     if found is None:
         return (NOT_YET if plan.evaluation.own_models else own_elsewhere(plan),)
-    said = [WHAT]
-    said += [_sentence(owner, across) for owner, across in found.measured.items()]
-    if found.at_home:
-        said.append(
-            f"Not passed on, since the hospital did not consent: the own model of "
-            f"{listed(found.at_home)}."
-        )
-    return tuple(said)
+    each = (_sentence(owner, across) for owner, across in found.measured.items())
+    return (WHAT, *each, *_at_home(found))
+
+
+def beside_table(plan: StudyPlan, found: OwnModels | None) -> tuple[str, ...]:
+    """The same where a table has the numbers: what they are, and whose model they leave out."""
+    return sentences(plan, None) if found is None else (WHAT, *_at_home(found))
+
+
+def _at_home(found: OwnModels) -> tuple[str, ...]:
+    """Whose own model was not let go, if any."""
+    if not found.at_home:
+        return ()
+    who = listed(found.at_home)
+    return (f"Not passed on, since the hospital did not consent: the own model of {who}.",)
 
 
 def dice_of(across: CrossSite) -> Spread | None:

@@ -132,7 +132,7 @@ def _across(result: StudyResult) -> dict[str, Any] | None:
         "known": crosssite.across(result.plan, result.stages, sites),
         "titles": {metric: title for metric, title, _ in METRICS},
         "standing": crosssite.STANDING_WORDS,
-        "own": ownmodels.sentences(result.plan, own),
+        "own": ownmodels.beside_table(result.plan, own),
         "own_models": _own_models(own, sites),
         "sites": sites,
     }

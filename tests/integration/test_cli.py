@@ -135,6 +135,7 @@ def test_every_command_shows_an_example(module: str, command: str, run: Any) -> 
     ran = run(*command.split(), "--help", module=module)
     assert ran.status == 0
     assert f"{NAMES[module]} {command} " in ran.out.partition("Usage:")[2].partition("\n")[2]
+    assert not [c for c in ran.out if ord(c) > 0xFFFF], "a word between colons became a picture"
 
 
 @pytest.mark.parametrize("module", NAMES)
