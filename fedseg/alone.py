@@ -12,7 +12,9 @@ from typing import Any
 
 from fedseg.plan import StudyPlan
 from fedseg.promise import NoPrivacy
-from fedseg.strategy import Mean
+from fedseg.strategy import Aggregation
+
+_KEPT = ("rounds", "weighting", "round_timeout_s", "attempts", "weight_averaging")
 
 
 def plan_alone(plan: StudyPlan, steps_per_round: int | None = None) -> StudyPlan:
@@ -28,17 +30,8 @@ def plan_alone(plan: StudyPlan, steps_per_round: int | None = None) -> StudyPlan
     optimiser = plan.training.optimiser.model_copy(update={"state": "keep"})
     steps = steps_per_round or plan.training.steps_per_round
     training = plan.training.model_copy(update={"steps_per_round": steps, "optimiser": optimiser})
-    aggregation = plan.aggregation.model_copy(
-        update={
-            "strategy": "fedavg",
-            "combine": Mean(),
-            "proximal_mu": 0.0,
-            "ditto_lambda": 0.0,
-            "minimum_sites": 1,
-            "server_learning_rate": 1.0,
-            "server_momentum": 0.0,
-        }
-    )
+    kept = {name: getattr(plan.aggregation, name) for name in _KEPT}
+    aggregation = Aggregation(minimum_sites=1, **kept)
     evaluation = plan.evaluation.model_copy(
         update={"every_rounds": plan.aggregation.rounds, "own_models": False}
     )

@@ -16,7 +16,7 @@ from fedseg.imaging.cache import CaseCache
 from fedseg.imaging.manifests import read_manifest
 from fedseg.learning.alone import train_alone
 from fedseg.models.zoo import initial_model
-from fedseg.plan import StudyPlan
+from fedseg.plan import StudyPlan, parse_plan
 from fedseg.simulation.baselines import alone
 from fedseg.simulation.federation import Federation
 from fedseg.simulation.running import run_federation
@@ -27,6 +27,15 @@ STUDIES: dict[str, dict[str, Any]] = {
     "fedavg": {},
     "averaged": {"aggregation": {"weight_averaging": 0.7, "weighting": "uniform"}},
     "fedavgm": {"aggregation": {"strategy": "fedavgm", "server_momentum": 0.5}},
+    "fedadam": {
+        "aggregation": {
+            "strategy": "fedadam",
+            "server_learning_rate": 0.05,
+            "server_momentum": 0.9,
+            "server_beta2": 0.98,
+            "server_tau": 0.01,
+        }
+    },
     "fedbn": {"aggregation": {"strategy": "fedbn"}},
     "ditto": {"aggregation": {"strategy": "ditto", "ditto_lambda": 0.1}},
     "scaffold": {"aggregation": {"strategy": "scaffold"}, "training": SGD},
@@ -34,6 +43,13 @@ STUDIES: dict[str, dict[str, Any]] = {
         "aggregation": {"combine": {"rule": "median"}, "weighting": "uniform", "minimum_sites": 3}
     },
     "norms": {"training": {"trainable": "norms"}},
+    "adapters": {
+        "model": {"adapters": {"rank": 2}},
+        "training": {
+            "trainable": "norms+adapters",
+            "augmentation": {"flip_axes": [0], "noise": 0.1},
+        },
+    },
 }
 
 
@@ -65,7 +81,7 @@ def test_a_site_alone_is_a_federation_of_one_bit_for_bit(
     single = alone(whole, cohort, tmp_path / "local", plan.training.steps_per_round)
     finished = run_federation(single)
     own = plan_alone(plan)
-    assert own == single.plan
+    assert own == single.plan == parse_plan(own.canonical_bytes)
     patients = PreparedPatients(cohort.split("train"), CaseCache(tmp_path / "cache", plan.task))
     kept = tmp_path / "kept"
     model, losses = train_alone(own, initial, patients, site=cohort.site, kept=kept, data="0" * 64)
