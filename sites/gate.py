@@ -28,13 +28,20 @@ from fedseg.logs import without_its_text
 from fedseg.security.envelope import EnvelopeHeader, envelope_limit
 from fedseg.security.identity import SiteIdentity
 from fedseg.security.keys import ReceivingKey, SigningKey, VerifyKey
-from fedseg.updates import RefusalCode, TaskHeader, require_consent, require_place, task_limit
+from fedseg.updates import (
+    AnswerHeader,
+    RefusalCode,
+    TaskHeader,
+    require_consent,
+    require_place,
+    task_limit,
+)
 from sites.admission import Admission, Admitted
 from sites.answers import Answers, slot_of
 from sites.chronicle import Chronicle
 from sites.client import Clock
 from sites.departures import EVENT
-from sites.egress import Outgoing, outgoing
+from sites.egress import Outgoing, outgoing, require_permitted
 from sites.enrolment import pinned_bundle
 from sites.folder import SiteFolder
 from sites.outbox import Answer, Outbox, Ready, attempt_of, name_of
@@ -198,9 +205,10 @@ class Gate:
             FloodError: it is not answered for now.
             StorageError: the audit cannot be written: nothing leaves unrecorded.
         """
-        if ready.approval is not None:
+        if ready.approval is not None and ready.out is not None:
             try:
                 self._admission.require_still(ready.approval)
+                self._require_permitted_still(ready.header, ready.out)
             except FedsegError as error:
                 code, late = _code_of(error), ready.due
                 ready = self._refuse(ready.header, code, str(error), ready.said, late)
@@ -268,6 +276,17 @@ class Gate:
         policy = load_policy(self._folder.policy)
         return outgoing(
             plain,
+            self._plan,
+            policy.suppress_below,
+            admitted.annotated,
+            consents=lets_own_model_go(policy, self._plan),
+        )
+
+    def _require_permitted_still(self, task: EnvelopeHeader, out: AnswerHeader) -> None:
+        """Look at an answer that was held by the hospital's rule as it stands now."""
+        policy, admitted = load_policy(self._folder.policy), self._admission.admitted(task)
+        require_permitted(
+            out,
             self._plan,
             policy.suppress_below,
             admitted.annotated,

@@ -37,6 +37,7 @@ class Ready:
         header: of the task's envelope.
         said: the task, where it was one.
         approval: under which it was worked for; None for a refusal.
+        out: what it says; None for a refusal.
     """
 
     answer: Answer
@@ -45,6 +46,7 @@ class Ready:
     header: EnvelopeHeader
     said: TaskHeader | None = None
     approval: Approval | None = None
+    out: AnswerHeader | None = None
 
 
 class Outbox:
@@ -95,7 +97,7 @@ class Outbox:
         with sealed.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             about |= {"bytes": file.tell(), "digest": digest, "repeated": repeated}
-        return Ready(sealed, due, about, header, said, approval)
+        return Ready(sealed, due, about, header, said, approval, out.header)
 
     def refusal(
         self, header: EnvelopeHeader, code: RefusalCode, said: TaskHeader | None, due: float

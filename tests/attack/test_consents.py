@@ -289,6 +289,21 @@ class TestGuarantee:
         assert trained_last(site)[0].consent is None
 
 
+class TestHeld:
+    def test_a_word_that_is_taken_back_while_the_answer_is_held_lets_no_consent_out(
+        self, founded: dict[str, Hospital], tmp_path: Path
+    ) -> None:
+        site = copied(founded["private"], tmp_path / "site")
+        gate, envelope = site.gate(), tmp_path / "envelope"
+        envelope.write_bytes(site.task("train", ROUNDS))
+        ready = gate.prepare(envelope, 0.0)
+        allow(site, "metrics: suppressed\n")
+        assert site.code(gate.release(ready)) == "plan"
+        assert "own model" in str(site.audited("refused")[-1].facts["reason"])
+        (left,) = departures(site.audited("egress"))
+        assert "consent" not in str(left.facts["fields"])
+
+
 def test_a_task_and_its_answer_name_the_owner_in_a_slot_of_its_own(site: Hospital) -> None:
     given = consent(site, dict(site.consortium.model))
     first = site.ask(site.task(plain=own_task(site, given)))
