@@ -29,7 +29,7 @@ from fedseg.arrays import Arrays, digest_of, seed_for
 from fedseg.container import pack, unpack
 from fedseg.imaging.cases import Cohort
 from fedseg.task import Task
-from fedseg.updates import AnswerHeader, TaskHeader, Trained
+from fedseg.updates import CONTROL, AnswerHeader, TaskHeader, Trained
 
 Handle = Callable[[bytes], bytes]
 Attack = Literal["sign_flip", "scaled_noise", "label_swap", "alie"]
@@ -100,7 +100,8 @@ def _said(header: AnswerHeader, delta: Delta, task: bytes) -> bytes:
     """An attacker's answer; where it lets its own model go, that is the one that it made up."""
     body = header.body
     if isinstance(body, Trained) and body.consent is not None:
-        _, model = unpack(task, TaskHeader, max_bytes=_ANY_SIZE, schema=None)
+        _, came = unpack(task, TaskHeader, max_bytes=_ANY_SIZE, schema=None)
+        model = {name: array for name, array in came.items() if not name.startswith(CONTROL)}
         false = {"model": digest_of(own_model(model, delta))}
         consent = body.consent.model_copy(update=false)
         header = header.model_copy(update={"body": body.model_copy(update={"consent": consent})})

@@ -7,11 +7,14 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+from own_models import consent_of
 from pure_studies import reply, train
-from small_plans import built_plan, tiny_model
+from small_plans import answer, body_of, built_plan, tiny_model
 
+from fedseg.aggregation.ownmodels import own_model
 from fedseg.aggregation.rounds import ENLIST, Position, StudyState, first_state, open_stage
 from fedseg.aggregation.server import ServerState
+from fedseg.arrays import digest_of
 from fedseg.imaging.cases import Cohort
 from fedseg.imaging.readers import map_labels
 from fedseg.plan import StudyPlan
@@ -25,7 +28,7 @@ from fedseg.simulation.attacks import (
     label_swapped,
 )
 from fedseg.simulation.rehearsal import KINDS, Broken, Fault, parse_fault, with_faults
-from fedseg.updates import RefusalCode, Refused, open_answer, task_digest
+from fedseg.updates import RefusalCode, Refused, Trained, open_answer, open_task, task_digest
 
 PLAN = built_plan()
 TASK = open_stage(StudyState(Position(round=2, stage="train"), ServerState(tiny_model())), PLAN)
@@ -133,10 +136,32 @@ def test_a_round_that_is_not_attacked_is_honest() -> None:
 
 
 def test_an_attacker_that_must_refuse_refuses() -> None:
-    from small_plans import answer
-
     code: RefusalCode = "data"
     refused = answer(task_digest(TASK), "site_a", Refused(code=code), None)
     for kind in ("sign_flip", "scaled_noise", "alie"):
         handle = with_faults(lambda _task: refused, [Fault(site="site_a", kind=kind)])
         assert handle(TASK) == refused
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "scaffold"])
+@pytest.mark.parametrize("kind", ["sign_flip", "scaled_noise", "alie"])
+def test_an_attackers_own_model_is_the_one_that_its_update_makes(strategy: Any, kind: Any) -> None:
+    plan = built_plan(
+        aggregation__strategy=strategy,
+        training__optimiser={"name": "sgd", "momentum": 0.0},
+        evaluation__own_models=True,
+    )
+    rounds, model = plan.aggregation.rounds, tiny_model()
+    task = open_stage(StudyState(Position(round=rounds, stage="train"), ServerState(model)), plan)
+
+    def consenting(data: bytes) -> bytes:
+        shared = open_task(data, plan)[1]
+        delta = train("site_a", rounds, shared)
+        given = consent_of("site_a", digest_of(own_model(shared, delta)), plan)
+        body = body_of("train", 2).model_copy(update={"consent": given})
+        return answer(task_digest(data), "site_a", body, delta)
+
+    data = with_faults(consenting, [Fault(site="site_a", kind=kind)], Means())(task)
+    header, delta = open_answer(data, plan, task=task_digest(task), stage="train", site="site_a")
+    assert isinstance(header.body, Trained) and header.body.consent is not None
+    assert header.body.consent.model == digest_of(own_model(model, delta))
