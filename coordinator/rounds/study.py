@@ -38,6 +38,7 @@ from fedseg.aggregation.rounds import (
     Outcome,
     Position,
     StudyState,
+    ahead,
     also_received,
     close_stage,
     enlist_task,
@@ -203,7 +204,7 @@ class Study:
         self._history = state.history
         if not position.same_stage(state.position):
             self._exchange.closed(position)
-        self._forget_own(state, position.owner)
+        self._forget_own(state)
         self._observe(StageClosed(state.history[-1], self._clock.now() - started))
         return state
 
@@ -231,7 +232,7 @@ class Study:
         return Outcome(0, (), (why,))
 
     def _destroy_leftovers(self, state: StudyState) -> None:
-        """Destroy the keys and own models of closed stages, which a crash may have left."""
+        """Destroy keys of closed stages and own models past use, which a crash may have left."""
         if state.history:
             last = state.history[-1]
             names = ("round", "stage", "attempt", "owner")
@@ -240,14 +241,11 @@ class Study:
                 self._exchange.closed(position)
         self._forget_own(state)
 
-    def _forget_own(self, state: StudyState, owner: str | None = None) -> None:
-        """Remove the own model that was just measured, and all of them once none is to be."""
-        if self._own is None:
-            return
-        if state.position is None or state.position.stage == "release":
-            self._own.clear()
-        elif owner is not None:
-            self._own.remove(owner)
+    def _forget_own(self, state: StudyState) -> None:
+        """Remove the own models that no stage to come measures."""
+        if self._own is not None:
+            to_come = ahead(state.position, self._plan, state.history)
+            self._own.keep_only([stage.owner for stage in to_come if stage.owner is not None])
 
     def _between_stages(self, position: Position) -> None:
         """Wait while the study is paused; enlist again where others take part now."""

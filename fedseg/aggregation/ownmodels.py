@@ -4,11 +4,12 @@ A hospital's own model is the last shared one with that hospital's last update. 
 both anyway; a hospital that consents says by digest which model it lets go, so both compute it by
 the same sums and get the same bits. Each lies in a file of its own from before its update counts,
 so that a killed study goes on; the folder is 0700 and its files 0600, for they are updates in the
-clear. Each is removed once it was measured.
+clear. Each is removed once no stage to come measures it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -83,17 +84,24 @@ class OwnModels:
             raise LostModelError(f"{site}'s own model is not the one that the study's history has")
         return consent, model
 
-    def remove(self, site: str) -> None:
-        """Remove one hospital's own model, if it is there."""
-        self._path(site).unlink(missing_ok=True)
-
-    def clear(self) -> None:
-        """Remove all of them.
+    def keep_only(self, sites: Collection[str]) -> None:
+        """Remove all but these hospitals' own models, and drafts that a crash left.
 
         Raises:
             StorageError: they cannot be removed.
         """
-        sweep(self._folder)
+        if not sites:
+            sweep(self._folder)
+            return
+        kept = {self._path(site) for site in sites}
+        try:
+            for path in {*self._folder.glob("*")} - kept:
+                path.unlink()
+        except OSError as error:
+            raise StorageError(
+                f"cannot remove hospitals' own models from {self._folder.name}: {error.strerror}; "
+                "mend the rights and start again"
+            ) from error
 
     def _path(self, site: str) -> Path:
         """Where a hospital's own model lies."""

@@ -158,9 +158,13 @@ class TestStore:
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         found, tensors = store.load("site_a", consent.model)
         assert (found, digest_of(tensors)) == (consent, consent.model)
-        store.remove("site_a")
-        store.remove("site_a")
-        assert not file.exists()
+        store.keep(consent_of("site_b", digest_of(model)), model)
+        (tmp_path / "own" / "site_a.own.part").write_bytes(b"what a crash left")
+        store.keep_only(["site_a", "site_c"])
+        assert list((tmp_path / "own").iterdir()) == [file]
+        store.keep_only([])
+        store.keep_only([])
+        assert not (tmp_path / "own").exists()
 
     def test_another_one_a_damaged_one_and_none_are_lost(self, tmp_path: Path) -> None:
         store, model = OwnModels(tmp_path / "own", PLAN), tiny_model(3)
@@ -445,6 +449,46 @@ class TestKill:
         assert [r.attempt for r in end.history if (r.round, r.stage) == (ROUNDS, "train")] == [1, 2]
         assert set(own_stages(end)) == {"site_a", "site_b"}
         assert not runner.own.exists()
+
+    def test_what_is_kept_is_what_a_stage_to_come_measures(self, tmp_path: Path) -> None:
+        """site_c consents in the attempt that fails alone; a kill comes before site_a's is gone."""
+        tries: dict[str, int] = {}
+
+        def at_first(task: bytes, site: str) -> bytes:
+            if not last(peek(task, TaskHeader, max_bytes=10**7)):
+                return reply(task, site)
+            tries[site] = tries.get(site, 0) + 1
+            if tries[site] == 1 and site != "site_c":
+                return b""
+            return reply(task, site, consents=tries[site] == 1 or site != "site_c")
+
+        runner = Runner(tmp_path, **{site: partial(at_first, site=site) for site in SITES})
+        kept: list[tuple[str | None, set[str]]] = []
+
+        def look(event: Event) -> None:
+            files = {path.stem for path in runner.own.glob("*")}
+            if isinstance(event, StageClosed) and event.record.round == ROUNDS:
+                kept.append((event.record.owner or event.record.stage, files))
+
+        save = runner.kept.save
+
+        def die(state: StudyState) -> None:
+            save(state)
+            if state.history[-1].owner == "site_a":
+                raise CrashError
+
+        runner.kept.save = die  # type: ignore[method-assign]
+        with pytest.raises(CrashError):
+            runner.run(observe=look)
+        runner.kept.save = save  # type: ignore[method-assign]
+        state = runner.kept.states[-1]
+        seen: list[set[str]] = []
+        runner.run(
+            state, observe=lambda _event: seen.append({p.stem for p in runner.own.glob("*")})
+        )
+        both = {"site_a", "site_b"}
+        assert kept == [("train", {"site_c"}), ("train", both), ("evaluate", both)]
+        assert seen[0] == {"site_b"} and seen[-1] == set()
 
 
 class Sealed:
