@@ -120,7 +120,10 @@ def train_alone(
         StorageError: the file cannot be written.
     """
     recipe = recipe_of(plan.digest, site, data, sorted(patients))
-    state = start = _read(kept, recipe) or State(ServerState(dict(initial)), {})
+    found = _read(kept, recipe)
+    state = start = found or State(ServerState(dict(initial)), {})
+    if found is None:
+        _write(kept, recipe, start)  # where it cannot be, no round is lost
     for loss in start.losses:
         progress(loss)
     for state in rounds_alone(plan, start, patients, site=site, device=device):

@@ -30,7 +30,7 @@ from typer.testing import CliRunner, Result
 
 from fedseg.alone import plan_alone
 from fedseg.arrays import digest_of
-from fedseg.errors import DataError, FedsegError, PlanError
+from fedseg.errors import DataError, FedsegError, PlanError, StorageError
 from fedseg.evaluation.validation import ValidationResult
 from fedseg.imaging.cache import CaseCache
 from fedseg.imaging.phantoms import write_phantoms
@@ -232,6 +232,18 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
     with pytest.raises(DataError, match="no data are approved for this plan"):
         at(site)
     assert not list(site.folder.models.iterdir()) and not site.audited("trained_locally")
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_a_round(
+    site: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(*_: Any, **__: Any) -> None:
+        pytest.fail("a round was trained for nothing")
+
+    monkeypatch.setattr(rounds, "train_by_strategy", trained)
+    with pytest.raises(StorageError, match="cannot write"):
+        at(site, "--out", site.folder.policy / "model")
+    assert not site.audited("trained_locally")
 
 
 def test_one_labelled_patient_is_too_few(tmp_path: Path) -> None:
