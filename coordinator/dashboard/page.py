@@ -129,16 +129,17 @@ def last_measured(progress: Progress) -> CrossSite | None:
 
 
 def own_models(plan: StudyPlan, progress: Progress) -> OwnModels | None:
-    """Hospitals' own models over the hospitals; None before the first was measured."""
-    stages = [stage for stage in progress.stages if stage.owner is not None]
-    if not plan.evaluation.own_models or not stages:
-        return None
+    """Hospitals' own models over the hospitals; None while the first is still to be measured."""
+    last = [s for s in progress.stages if (s.round, s.stage) == (progress.rounds, "train")]
     found = {
         stage.owner: [_told(site, stage) for site in progress.sites]
-        for stage in stages
+        for stage in progress.stages
         if stage.owner is not None
     }
-    return ownmodels.gathered(found, (), progress.rounds)
+    if not plan.evaluation.own_models or not last or (last[-1].let_go and not found):
+        return None
+    at_home = [site for site in last[-1].answered if site not in last[-1].let_go]
+    return ownmodels.gathered(found, at_home, progress.rounds)
 
 
 def charts(progress: Progress) -> tuple[Chart, ...]:

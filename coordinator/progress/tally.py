@@ -54,6 +54,7 @@ class StageProgress(Frozen):
     Attributes:
         owner: whose own model was measured; None where it was the shared one, or none.
         own_dice: of that model by site, None where a site withheld it; `dice` is None then.
+        let_go: sites that let their own model go, in the training of the last round.
     """
 
     round: int
@@ -65,6 +66,7 @@ class StageProgress(Frozen):
     loss: float | None
     dice: float | None
     own_dice: dict[str, float | None] = {}
+    let_go: tuple[str, ...] = ()
     bytes_down: int
     bytes_up: int
     timing: Timing
@@ -136,6 +138,7 @@ def stages_of(
             loss=weighted_mean((a.loss, a.patients) for a in record.answers),
             dice=None if record.owner else _mean_dice(record),
             own_dice={a.site: a.mean_dice for a in record.answers} if record.owner else {},
+            let_go=tuple(a.site for a in record.answers if a.own is not None),
             bytes_down=record.bytes_down,
             bytes_up=record.bytes_up,
             timing=timing,

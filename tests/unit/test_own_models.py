@@ -615,6 +615,21 @@ class TestTold:
         assert "site_b’s own model fares" not in during
         assert all(f"{site}’s own model fares worst" in after for site in SITES)
 
+    @pytest.mark.parametrize("home", [("site_c",), SITES])
+    def test_the_dashboard_names_whose_own_model_stayed_at_home(
+        self, home: tuple[str, ...], tmp_path: Path
+    ) -> None:
+        start = first_state(PLAN, tiny_model())
+        keeper = ProgressKeeper(tmp_path / "progress.json", PLAN, start, sites=SITES)
+        silent = {site: partial(reply, site=site, consents=False) for site in home}
+        runner = Runner(tmp_path, **silent)
+        runner.kept = Shown(keeper)
+        runner.run(observe=keeper)
+        page = render(PLAN, keeper.document(), Situation())
+        who = "site_c" if len(home) == 1 else "site_a, site_b and site_c"
+        assert f"did not consent: the own model of {who}." in page
+        assert ownmodels.NOT_YET not in page
+
     def test_the_worst_comes_first_then_the_spread_then_the_mean(self, tmp_path: Path) -> None:
         found = ownmodels.own_models(PLAN, Runner(tmp_path).run().history)
         assert found is not None
