@@ -52,6 +52,7 @@ def train_local(
     out: `validate` then says what the study is worth here. Held-back patients are never touched.
     Stopped, it goes on. Under a plan with a guarantee this model keeps none.
     """
+    from fedseg.models.devices import require_device
     from sites.alone import start_of, train_here, trainable
     from sites.cohort import load_record
     from sites.enrolment import pinned_bundle
@@ -60,6 +61,7 @@ def train_local(
     from sites.own_patients import patients_of
 
     folder = open_site(site)
+    require_device(device)
     plan = pinned_bundle(folder, study).plan
     record = load_record(folder, study, plan)
     out = out or folder.models / f"{study}-local.safetensors"

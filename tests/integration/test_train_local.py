@@ -215,7 +215,7 @@ def test_what_was_begun_with_other_patients_is_not_gone_on_with(
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_is_written(
-    site: Hospital, data: Path, tmp_path: Path
+    site: Hospital, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where = ("--site", site.folder.path)
     with pytest.raises(DataError, match="has not joined 'other'"):
@@ -226,8 +226,10 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
         at(site, "--initial", tmp_path / "other")
     with pytest.raises(DataError, match="is there already"):
         at(site, "--out", site.folder.policy)
-    with pytest.raises(FedsegError, match="cuda"):
-        at(site, "--device", "cuda:77")
+    with monkeypatch.context() as unread:
+        unread.setattr("sites.own_patients.recorded_cohort", pytest.fail)
+        with pytest.raises(FedsegError, match="cuda"):
+            at(site, "--device", "cuda:77")
     site.folder.approval(STUDY).unlink()
     with pytest.raises(DataError, match="no data are approved for this plan"):
         at(site)
