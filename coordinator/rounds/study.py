@@ -43,14 +43,16 @@ from fedseg.aggregation.rounds import (
     close_stage,
     enlist_task,
     open_stage,
-    owned,
     release_position,
     release_task,
     require_attempts_left,
 )
+from fedseg.aggregation.server import Model
 from fedseg.aggregation.spill import sweep
+from fedseg.errors import RoundError
 from fedseg.plan import StudyPlan
 from fedseg.result import SiteFailure, StageRecord
+from fedseg.security.consent import Consent
 from fedseg.security.identity import SignedRoll
 from fedseg.updates import AnswerError, StageName
 
@@ -67,6 +69,14 @@ class Store(Protocol):
 
     def save(self, state: StudyState) -> None:
         """Keep a state in place of the one before."""
+
+
+class KeptBackError(RoundError):
+    """A hospital's own model cannot be measured although it was let go; `failure` says why."""
+
+    def __init__(self, failure: SiteFailure) -> None:
+        super().__init__(failure.reason)
+        self.failure = failure
 
 
 class Study:
@@ -180,7 +190,7 @@ class Study:
         """Open, ask, close and store one stage."""
         started = self._clock.now()
         own = self._own
-        task = partial(open_stage, state, self._plan, self._roll, own.load if own else None)
+        task = partial(open_stage, state, self._plan, self._roll, self._own_model)
         here = {self._roster.site_of(node) for node in nodes}
         known = {*self._exchange.sites, *self._roster.sites}
         absent = known - here if position.stage != "enlist" else set()
@@ -188,14 +198,13 @@ class Study:
         total = combiner(self._plan, self._scratch) if training else None
         last = self._plan.evaluation.own_models and position.round == self._plan.aggregation.rounds
         keeping = Keeping(own, state.server.model) if own and training and last else None
-        kept_back = self._kept_back(state, position)
         try:
-            if kept_back is not None:
-                outcome = self._unasked(position, kept_back)
-            else:
+            try:
                 outcome = self._ask(
                     position, task, nodes, absent=absent, total=total, keeping=keeping
                 )
+            except KeptBackError as error:
+                outcome = self._kept_back(position, error)
             state = close_stage(state, self._plan, outcome, every_label=self._every_label)
         finally:
             if total is not None:
@@ -208,25 +217,24 @@ class Study:
         self._observe(StageClosed(state.history[-1], self._clock.now() - started))
         return state
 
-    def _kept_back(self, state: StudyState, position: Position) -> SiteFailure | None:
-        """Why an own model cannot be measured although it was let go; None where it can.
+    def _own_model(self, site: str, digest: str) -> tuple[Consent, Model]:
+        """A hospital's own model and its consent, looked at again each time that it is sent.
 
-        Its owner may be revoked by now, or the disk may have lost it: nobody is asked then, and the
-        study goes on.
+        Raises:
+            KeptBackError: the disk has lost it, or its owner is revoked by now.
         """
-        if position.owner is None or self._own is None:
-            return None
+        assert self._own is not None  # a plan that measures own models has it
         try:
-            digest = owned(self._plan, state.history)[position.owner]
-            consent, _ = self._own.load(position.owner, digest)
+            consent, model = self._own.load(site, digest)
             self._exchange.require_given(consent)
         except (AnswerError, LostModelError) as error:
             code = error.code if isinstance(error, AnswerError) else "lost"
-            return SiteFailure(site=position.owner, code=code, reason=str(error))
-        return None
+            raise KeptBackError(SiteFailure(site=site, code=code, reason=str(error))) from None
+        return consent, model
 
-    def _unasked(self, position: Position, why: SiteFailure) -> Outcome:
-        """What a stage brings in which nobody was asked."""
+    def _kept_back(self, position: Position, error: KeptBackError) -> Outcome:
+        """What a stage brings whose model is not sent any more: nothing, and the study goes on."""
+        why = error.failure
         logger.warning("%s's own model is not measured: %s", why.site, why.reason)
         self._observe(SiteFailed(position.round, position.stage, why, position.owner))
         return Outcome(0, (), (why,))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Error
 from hypothesis import given
 from hypothesis import strategies as st
 from memory_grid import Kept, MemoryGrid, SealedSite, Time
@@ -433,6 +434,24 @@ class TestKill:
         assert (failure.site, failure.code) == ("site_b", "lost")
         assert [e.owner for e in runner.events if isinstance(e, SiteFailed)] == ["site_b"]
 
+    def test_a_model_that_is_lost_before_it_is_sent_again_holds_nothing_up(
+        self, tmp_path: Path
+    ) -> None:
+        runner = Runner(tmp_path)
+
+        def loses(task: bytes) -> bytes | Error:
+            path = runner.own / "site_a.own"
+            if peek(task, TaskHeader, max_bytes=10**7).owner == "site_a" and path.exists():
+                path.unlink()
+                return Error(code=5, reason="Node unavailable")
+            return reply(task, "site_b")
+
+        runner.grid.sites[12] = loses
+        end = runner.run(reask=True)
+        assert end.position is None
+        assert own_stages(end)["site_a"] == {} and set(own_stages(end)["site_b"]) == set(SITES)
+        assert [(f.site, f.code) for r in end.history for f in r.failures] == [("site_a", "lost")]
+
     def test_an_attempt_that_failed_leaves_no_model_that_is_measured(self, tmp_path: Path) -> None:
         """site_c answers the first attempt, which fails, and not the second."""
         tries: dict[str, int] = {}
@@ -555,6 +574,32 @@ class TestSealed:
         assert found["site_b"] == {} and set(found["site_c"]) == {"site_a", "site_c"}
         failed = [(r.owner, f.site, f.code) for r in end.history for f in r.failures]
         assert ("site_b", "site_b", "site") in failed
+
+    def test_a_site_that_is_revoked_while_its_model_is_measured_has_it_sent_to_nobody_more(
+        self, tmp_path: Path
+    ) -> None:
+        study, measuring, asked = Sealed(tmp_path), False, 0
+        good = study.grid.sites[13]
+
+        def look(event: Event) -> None:
+            nonlocal measuring
+            if isinstance(event, StageOpened):
+                measuring = event.owner == "site_b"
+
+        def away_at_first(task: bytes) -> Any:
+            nonlocal asked
+            if not measuring:
+                return good(task)
+            asked += 1
+            study.enrol("site_b")
+            study.grid.sites.pop(12, None)
+            return Error(code=5, reason="Node unavailable")
+
+        study.grid.sites[13] = away_at_first
+        end = study.run(look)
+        assert asked == 1
+        assert own_stages(end)["site_b"] == {}
+        assert ("site_b", "site") in [(f.site, f.code) for r in end.history for f in r.failures]
 
 
 class Shown(Kept):
