@@ -108,9 +108,11 @@ class Run:
         return self.arm.partition("+")[2]
 
     def place(self, arm: str) -> Path:
-        """Where an arm of the same seed and part is kept."""
-        table = Path(self.options.table).stem
-        return Path(self.options.out / f"{table}-{self.part}" / f"{arm}-seed{self.seed}")
+        """Where an arm of the same seed, part and length is kept."""
+        parts = [Path(self.options.table).stem, self.part]
+        lengths = {"rounds": self.options.rounds, "steps": self.options.steps}
+        parts += [f"{number}{of}" for of, number in lengths.items() if number is not None]
+        return Path(self.options.out / "-".join(parts) / f"{arm}-seed{self.seed}")
 
 
 def main() -> None:
