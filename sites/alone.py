@@ -119,7 +119,7 @@ def train_here(
             device=device,
             progress=progress,
         )
-    _audit(owner, plan, own, model, train, out, now)
+    _audit(owner, plan, own, model, patients, out, now)
     with as_owner_of(owner.folder.trainer):
         save_model(out, own, model, arm=LOCAL, rounds=own.aggregation.rounds, mode=0o600)
         kept.unlink(missing_ok=True)
@@ -131,7 +131,7 @@ def _audit(
     plan: StudyPlan,
     own: StudyPlan,
     model: Arrays,
-    train: Cohort,
+    patients: Patients,
     out: Path,
     now: Callable[[], str],
 ) -> None:
@@ -146,7 +146,8 @@ def _audit(
         start=plan.built.digest,
         model=digest_of(model),
         file=out.name,
+        data=patients.fingerprint,
         rounds=own.aggregation.rounds,
         steps=own.aggregation.rounds * own.training.steps_per_round,
-        training_patients=len(train.patients),
+        training_patients=len(trainable(patients).patients),
     )

@@ -163,6 +163,7 @@ def approve(
         roll=approval.roll,
         version=roll.version,
         cohort=approval.cohort,
+        data=chosen.fingerprint,
         any_later_sites=any_later_sites,
         by=by,
     )

@@ -79,7 +79,7 @@ def finetune_here(
             progress=progress,
         )
     if owner is not None:
-        _audit(owner, header, tuned, parts, settings, out, now)
+        _audit(owner, header, tuned, patients, parts, settings, out, now)
     released = header.released or header.model_digest
     with as_owner_of(owner.folder.trainer) if owner else nullcontext():
         if tuned.best_check:
@@ -102,6 +102,7 @@ def _audit(
     owner: House,
     start: ModelHeader,
     tuned: Finetuned,
+    patients: Patients,
     parts: Division,
     settings: Finetuning,
     out: Path,
@@ -119,6 +120,7 @@ def _audit(
         start=start.model_digest,
         model=digest_of(tuned.model) if made else None,
         file=out.name if made else None,
+        data=patients.fingerprint,
         kind=settings.kind,
         steps=tuned.steps,
         training_patients=len(parts.training.patients),

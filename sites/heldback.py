@@ -20,7 +20,7 @@ from fedseg.imaging.cases import Cohort
 from fedseg.imaging.manifests import read_manifest
 from fedseg.imaging.traits import Traits, read_traits
 from fedseg.plan import StudyPlan
-from sites.approval import frozen_record
+from sites.approval import CohortRecord, frozen_record
 from sites.audit import utc_now
 from sites.cohort import Progress, choose_cohort, recorded_cohort
 from sites.enrolment import pinned_bundle
@@ -60,12 +60,14 @@ class HeldBack:
 
     Attributes:
         cohort: labelled cases of one split, of patients who did not withdraw.
+        fingerprint: of the data, all splits, with those who withdrew.
         left_out: what was not measured, by reason.
         traits: column -> patient -> cells of the table.
     """
 
     cohort: Cohort
     split: Split
+    fingerprint: str
     left_out: Mapping[str, int]
     traits: Traits
 
@@ -88,16 +90,17 @@ def held_back(
     if source.data is None:
         if house is None:
             raise DataError("name the data: --data DIR, or the site's folder with --site")
-        cohort, source = _approved(house, plan)
+        cohort, record = _approved(house, plan)
+        source = Source(Path(record.data), record.table, record.row)
     else:
         name = house.folder.record.name if house else source.row or "here"
         chosen = choose_cohort(
             name, plan, source.data, table=source.table, row=source.row, to_train=False,
             progress=progress,
         )  # fmt: skip
-        cohort = chosen.cohort
-        if chosen.record.left_out:
-            left_out["cases that the check found unusable"] = chosen.record.left_out
+        cohort, record = chosen.cohort, chosen.record
+        if record.left_out:
+            left_out["cases that the check found unusable"] = record.left_out
     assert source.data is not None
     _require_one_split(cohort, plans, source.data, source.table)
     there = cohort
@@ -118,12 +121,13 @@ def held_back(
     return HeldBack(
         cohort=measurable,
         split=split,
+        fingerprint=record.fingerprint,
         left_out=left_out,
         traits=read_traits(source.data, measurable.cases, source.table),
     )
 
 
-def _approved(house: House, plan: StudyPlan) -> tuple[Cohort, Source]:
+def _approved(house: House, plan: StudyPlan) -> tuple[Cohort, CohortRecord]:
     """The data that were approved with a plan."""
     plan = _study_of(house.folder, plan)
     found = frozen_record(house.folder, plan.study, plan.digest)
@@ -132,8 +136,7 @@ def _approved(house: House, plan: StudyPlan) -> tuple[Cohort, Source]:
             f"no data are approved here for the plan of {plan.study} that the first model was "
             "trained by: name the hospital's data with --data DIR"
         )
-    cohort = recorded_cohort(house.folder.record.name, plan, found)
-    return cohort, Source(Path(found.data), found.table, found.row)
+    return recorded_cohort(house.folder.record.name, plan, found), found
 
 
 def _study_of(folder: SiteFolder, plan: StudyPlan) -> StudyPlan:

@@ -88,11 +88,13 @@ def finetune(
     from fedseg.learning.finetune import Finetuning
     from fedseg.learning.finetuned import looks
     from fedseg.modelfile import load_model
+    from fedseg.models.devices import require_device
     from sites.finetuning import finetune_here, require_new
 
     owner = house_at(site, data)
     if owner is not None and cache:
         raise DataError("--cache is for a data folder without a site: a site has its own")
+    require_device(device)
     start = model_file(model, site)
     plan = load_model(start)[0].plan
     out = out or _usual_out(owner, plan)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fedseg.evaluation.evidence import Estimate
     from fedseg.evaluation.thresholds import Thresholds
     from fedseg.evaluation.validation import ValidationResult
-    from sites.heldback import House
+    from sites.heldback import HeldBack, House
     from sites.policy import Policy
     from sites.validating import Entrant
 
@@ -92,6 +92,7 @@ def validate(
     the section `acceptance` in policy.yaml decide: go, no-go, or undecided. Result and page name
     patients and stay here. Stopped, it goes on with what it has measured.
     """
+    from fedseg.models.devices import require_device
     from sites.audit import utc_now
     from sites.heldback import Source, held_back
     from sites.validating import Wanted, entrants, keep, validate_here
@@ -102,6 +103,7 @@ def validate(
             "--policy, --out and --cache are for a data folder without a site: a site's own are in "
             "its folder"
         )
+    require_device(device)
     found = entrants([model_file(name, site) for name in models or []], local)
     rules = _rules(house.folder.policy if house else policy)
     wanted = Wanted(
@@ -119,7 +121,7 @@ def validate(
     total = len(found) * len(patients.cohort.cases)
     with ExitStack() as stack:
         if house is not None:
-            places = _at_site(house, found, wanted.thresholds, created, stack)
+            places = _at_site(house, found, patients, wanted.thresholds, created, stack)
         else:
             places = _without_site(out or Path("validation"), cache, stack)
         unapproved = house is not None and data is not None
@@ -136,7 +138,7 @@ def validate(
 
 @dataclass(frozen=True)
 class _Places:
-    """Where things are kept, and what is to be said of the thresholds."""
+    """Where things are kept, and what is to be said of thresholds and models."""
 
     result: Path
     measured: Path
@@ -147,20 +149,26 @@ class _Places:
 def _at_site(
     house: House,
     found: tuple[Entrant, ...],
+    patients: HeldBack,
     thresholds: Thresholds | None,
     created: str,
     stack: ExitStack,
 ) -> _Places:
     """In the site's folder, as its owner."""
+    from sites.origins import made_of_other_data
     from sites.validating import MEASURED, new_place, thresholds_moved
 
     folder = house.folder
+    models = {each.candidate.name: each.header for each in found}
     stack.enter_context(as_owner_of(folder.validations))
     return _Places(
         result=new_place(folder, found[0].candidate.study, created),
         measured=folder.validations / MEASURED,
         cache=folder.cache,
-        notes=thresholds_moved(folder, found, thresholds),
+        notes=(
+            *thresholds_moved(folder, found, thresholds),
+            *made_of_other_data(house, models, patients.fingerprint),
+        ),
     )
 
 

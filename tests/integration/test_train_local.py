@@ -18,6 +18,7 @@ from small_hospitals import (
     STUDY,
     Consortium,
     Hospital,
+    approved,
     fixture_founded,  # noqa: F401
     fixture_site,  # noqa: F401
     hospital,
@@ -304,3 +305,30 @@ def test_models_whose_images_are_prepared_differently_are_said_to_be(site: Hospi
     run("validate", STUDY, "other", "--site", site.folder.path)
     (said,) = [words for words in read(site).warnings if "not prepared alike" in words]
     assert "spacing_mm is global: [1.0, 1.0, 1.0]; local: [2.0, 1.0, 1.0]" in said
+
+
+def test_models_of_other_data_than_they_are_validated_on_are_said_to_be(tmp_path: Path) -> None:
+    """A patient whom two models were trained on is held back later; the third knows only these."""
+    plan, shared = tiny_built()
+    data = phantoms(tmp_path / "data", patients=6)
+    site = hospital(tmp_path / "site", data, Consortium(plan, shared))
+    save_model(site.folder.model(STUDY), plan, shared, arm="federated", rounds=3)
+    at(site)
+    where = ("--site", site.folder.path)
+    run("validate", STUDY, f"{STUDY}-local", *where)
+    assert not said_of_data(site)
+    table = data / "sites.csv"
+    table.write_text(table.read_text().replace("train", "test", 1))
+    approved(site.folder, site.consortium, data)
+    other = site.folder.models / f"{STUDY}-again.safetensors"
+    at(site, "--out", other)
+    run("validate", STUDY, f"{STUDY}-local", f"{STUDY}-again", *where)
+    again = f"local ({STUDY}-again)"
+    said = said_of_data(site)
+    assert again in [each.name for each in read(site).candidates]
+    assert [words.partition(": ")[0] for words in said] == ["global", f"local ({STUDY}-local)"]
+
+
+def said_of_data(site: Hospital) -> list[str]:
+    """Warnings of other data."""
+    return [words for words in read(site).warnings if "approved other data" in words]

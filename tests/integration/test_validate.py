@@ -237,6 +237,14 @@ def test_what_makes_no_sense_is_refused(
     assert not results(member.folder.validations)
 
 
+def test_a_device_that_is_not_there_is_refused_before_the_data_are_read(
+    member: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sites.heldback.recorded_cohort", pytest.fail)
+    with pytest.raises(FedsegError, match="cuda"):
+        ran("validate", "tiny", "--device", "cuda:77", "--site", member.folder.path)
+
+
 def test_a_refusal_leaves_no_folder(
     data: Path, study: tuple[Consortium, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

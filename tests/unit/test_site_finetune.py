@@ -15,7 +15,7 @@ from small_private_sites import private_hospital
 from typer.testing import CliRunner, Result
 
 from fedseg.arrays import digest_of
-from fedseg.errors import DataError
+from fedseg.errors import DataError, FedsegError
 from fedseg.learning.stopping import TooFewError
 from fedseg.modelfile import load_model, save_model
 from fedseg.models.zoo import initial_model
@@ -115,6 +115,14 @@ def test_nothing_is_overwritten(site: Hospital) -> None:
     assert (site.folder.models / FILE).read_bytes() == before
     with pytest.raises(DataError, match="is there already"):
         at(site, STUDY, "--out", site.folder.model(STUDY))
+
+
+def test_a_device_that_is_not_there_is_refused_before_the_data_are_read(
+    site: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sites.own_patients.recorded_cohort", pytest.fail)
+    with pytest.raises(FedsegError, match="cuda"):
+        at(site, STUDY, "--device", "cuda:77")
 
 
 def test_no_model_is_there_that_the_audit_does_not_have(
