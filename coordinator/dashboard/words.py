@@ -37,6 +37,7 @@ CODES = {
     "task": ("Did not accept the task", "The hospital's audit log has the reason."),
     "not_finite": ("Training gave numbers without a value", "Is the learning rate too high?"),
     "lost": ("Its own model is not kept any more", "The study goes on without measuring it."),
+    "joined": ("Let its own model go before others joined", "The study goes on without it."),
     "overflow": ("Its update is too large to be added up", "Is the learning rate too high?"),
     "malformed": ("Sent something that is no answer", "Do both sides run the same version?"),
     "stale": ("Answered an earlier task", "It is left out; nothing is counted twice."),

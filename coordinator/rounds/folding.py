@@ -16,7 +16,7 @@ from coordinator.rounds.asking import Arrival
 from coordinator.rounds.events import Observer, SiteAnswered, SiteFailed
 from coordinator.rounds.exchange import Exchange
 from coordinator.rounds.roster import Roster
-from fedseg.aggregation.ownmodels import OwnModels, own_model
+from fedseg.aggregation.ownmodels import LetGo, OwnModels, own_model
 from fedseg.aggregation.robust import Combiner
 from fedseg.aggregation.rounds import Outcome, Position, weight_of
 from fedseg.arrays import Arrays, digest_of
@@ -26,6 +26,7 @@ from fedseg.errors import RoundError, StorageError, TrustError
 from fedseg.plan import StudyPlan
 from fedseg.result import SiteAnswer, SiteFailure
 from fedseg.security.consent import Consent
+from fedseg.security.identity import SignedRoll
 from fedseg.updates import (
     AnswerError,
     AnswerHeader,
@@ -43,10 +44,16 @@ _FLOWER_CODES = {3: "expired", 4: "expired", 5: "unavailable", 8: "crashed"}
 
 @dataclass(frozen=True)
 class Keeping:
-    """Where own models of a training stage are kept, and the shared one that they begin from."""
+    """Where own models of a training stage are kept.
+
+    Attributes:
+        shared: what they begin from.
+        roll: of the sites that they are let go to; None where there is none.
+    """
 
     models: OwnModels
     shared: Arrays
+    roll: SignedRoll | None
 
 
 class Folding:
@@ -154,7 +161,7 @@ class Folding:
         model = own_model(self._keeping.shared, delta)
         if digest_of(model) != consent.model:
             raise AnswerError("malformed", "the site consents to another model than it sent")
-        self._keeping.models.keep(consent, model)
+        self._keeping.models.keep(LetGo(consent=consent, roll=self._keeping.roll), model)
 
     def _check_patients(self, node: int, claimed: int | None) -> None:
         """A site weighs at most what it enlisted with: nobody takes a round over by claiming more.

@@ -197,7 +197,8 @@ class Study:
         training = position.stage == "train"
         total = combiner(self._plan, self._scratch) if training else None
         last = self._plan.evaluation.own_models and position.round == self._plan.aggregation.rounds
-        keeping = Keeping(own, state.server.model) if own and training and last else None
+        keeps = training and last
+        keeping = Keeping(own, state.server.model, self._roll) if own and keeps else None
         try:
             try:
                 outcome = self._ask(
@@ -221,16 +222,20 @@ class Study:
         """A hospital's own model and its consent, looked at again each time that it is sent.
 
         Raises:
-            KeptBackError: the disk has lost it, or its owner is revoked by now.
+            KeptBackError: the disk has lost it, its owner is revoked by now, or somebody has joined
+                to whom it was not let go.
         """
         assert self._own is not None  # a plan that measures own models has it
         try:
-            consent, model = self._own.load(site, digest)
-            self._exchange.require_given(consent)
+            kept, model = self._own.load(site, digest)
+            self._exchange.require_given(kept.consent)
+            if joined := kept.joined_since(self._roll):
+                who = ", ".join(joined)
+                raise AnswerError("joined", f"{site} let its own model go before {who} joined")
         except (AnswerError, LostModelError) as error:
             code = error.code if isinstance(error, AnswerError) else "lost"
             raise KeptBackError(SiteFailure(site=site, code=code, reason=str(error))) from None
-        return consent, model
+        return kept.consent, model
 
     def _kept_back(self, position: Position, error: KeptBackError) -> Outcome:
         """What a stage brings whose model is not sent any more: nothing, and the study goes on."""

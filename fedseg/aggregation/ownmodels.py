@@ -4,7 +4,8 @@ A hospital's own model is the last shared one with that hospital's last update. 
 both anyway; a hospital that consents says by digest which model it lets go, so both compute it by
 the same sums and get the same bits. Each lies in a file of its own from before its update counts,
 so that a killed study goes on; the folder is 0700 and its files 0600, for they are updates in the
-clear. Each is removed once no stage to come measures it.
+clear. Each is removed once no stage to come measures it. The list of sites lies in the file as the
+hospital had accepted it by then: it let its model go to those, and to none that joins later.
 """
 
 from __future__ import annotations
@@ -21,15 +22,30 @@ from fedseg.arrays import Arrays, digest_of
 from fedseg.container import packed, unpack
 from fedseg.durable import make_folder, write_atomically
 from fedseg.errors import StorageError, TrustError
+from fedseg.frozen import Frozen
 from fedseg.plan import StudyPlan
 from fedseg.security.consent import Consent
+from fedseg.security.identity import SignedRoll
+from fedseg.updates import HEADER_ROOM
 
 _ENDING = ".own"
-_HEADER_ROOM = 64 * 1024
 
 
 class LostModelError(TrustError):
     """An own model that was kept is not there any more, or is another one."""
+
+
+class LetGo(Frozen):
+    """The consent to a model, and the list of sites in force when it came; None in a simulation."""
+
+    consent: Consent
+    roll: SignedRoll | None = None
+
+    def joined_since(self, now: SignedRoll | None) -> tuple[str, ...]:
+        """Who is on the list now and was not then, or has other keys."""
+        if now is None or self.roll is None:
+            return ()
+        return now.roll.added_since(self.roll.roll)
 
 
 def own_model(shared: Arrays, update: Arrays) -> dict[str, NDArray[Any]]:
@@ -51,7 +67,7 @@ class OwnModels:
     def __init__(self, folder: Path, plan: StudyPlan) -> None:
         self._folder, self._plan = folder, plan
 
-    def keep(self, consent: Consent, model: Arrays) -> None:
+    def keep(self, kept: LetGo, model: Arrays) -> None:
         """Store one hospital's own model; it is on disk, whole, when this returns.
 
         Raises:
@@ -64,25 +80,26 @@ class OwnModels:
                 f"cannot make {self._folder.name}, where hospitals' own models are kept: "
                 f"{error.strerror}; mend the rights and start again"
             ) from error
-        write_atomically(self._path(consent.site), packed(consent, model), mode=0o600)
+        write_atomically(self._path(kept.consent.site), packed(kept, model), mode=0o600)
 
-    def load(self, site: str, digest: str) -> tuple[Consent, dict[str, NDArray[Any]]]:
-        """The consent and the model of a hospital, as the study's history has it.
+    def load(self, site: str, digest: str) -> tuple[LetGo, dict[str, NDArray[Any]]]:
+        """What was kept of a hospital: the model that the study's history has.
 
         Raises:
             LostModelError: it is not there, damaged, or another one.
         """
-        limit = self._plan.built.nbytes + 1024 * len(self._plan.built.tensors) + _HEADER_ROOM
+        limit = self._plan.built.nbytes + 1024 * len(self._plan.built.tensors) + HEADER_ROOM
         try:
             data = self._path(site).read_bytes()
-            consent, model = unpack(data, Consent, max_bytes=limit, schema=self._plan.built.tensors)
+            kept, model = unpack(data, LetGo, max_bytes=limit, schema=self._plan.built.tensors)
         except OSError as error:
             raise LostModelError(f"{site}'s own model cannot be read: {error.strerror}") from None
         except TrustError as error:
             raise LostModelError(f"{site}'s own model is damaged: {error}") from None
-        if not (consent.model, consent.site) == (digest, site) == (digest_of(model), site):
+        said = kept.consent.model, kept.consent.site
+        if not said == (digest, site) == (digest_of(model), site):
             raise LostModelError(f"{site}'s own model is not the one that the study's history has")
-        return consent, model
+        return kept, model
 
     def keep_only(self, sites: Collection[str]) -> None:
         """Remove all but these hospitals' own models, and drafts that a crash left.

@@ -20,7 +20,7 @@ from tiny_studies import cohorts_of, tiny_federation, tiny_plan
 from coordinator.rounds.events import Event, StageClosed, nobody
 from coordinator.rounds.study import Study
 from coordinator.sealing.exchange import SealedExchange
-from fedseg.aggregation.ownmodels import OwnModels
+from fedseg.aggregation.ownmodels import LetGo, OwnModels
 from fedseg.aggregation.rounds import StudyState, first_state
 from fedseg.arrays import digest_of
 from fedseg.evaluation.evaluate import evaluate_cohort
@@ -253,9 +253,9 @@ def test_the_numbers_are_those_of_the_last_model_with_one_update(
     kept: dict[str, dict[str, Any]] = {}
     keep = OwnModels.keep
 
-    def copy_too(self: OwnModels, consent: Any, model: Any) -> None:
-        kept[consent.site] = {name: array.copy() for name, array in model.items()}
-        keep(self, consent, model)
+    def copy_too(self: OwnModels, let_go: LetGo, model: Any) -> None:
+        kept[let_go.consent.site] = {name: array.copy() for name, array in model.items()}
+        keep(self, let_go, model)
 
     monkeypatch.setattr(OwnModels, "keep", copy_too)
     history = run_federation(federation).state.history

@@ -26,7 +26,7 @@ from coordinator.rounds.events import Event, SiteFailed, StageClosed, StageOpene
 from coordinator.rounds.study import Study
 from coordinator.sealing.exchange import SealedExchange
 from fedseg.aggregation.checkpoint import load_state, save_state
-from fedseg.aggregation.ownmodels import LostModelError, OwnModels, own_model
+from fedseg.aggregation.ownmodels import LetGo, LostModelError, OwnModels, own_model
 from fedseg.aggregation.rounds import StudyState, ahead, first_state, open_stage
 from fedseg.arrays import digest_of
 from fedseg.errors import TrustError
@@ -36,6 +36,7 @@ from fedseg.security.identity import Revoked, sign_roll
 from fedseg.security.keys import SigningKey
 from fedseg.updates import (
     AnswerHeader,
+    Refused,
     TaskHeader,
     Trained,
     open_task,
@@ -153,13 +154,13 @@ class TestStore:
     ) -> None:
         store, model = OwnModels(tmp_path / "own", PLAN), tiny_model(3)
         consent = consent_of("site_a", digest_of(model))
-        store.keep(consent, model)
+        store.keep(LetGo(consent=consent), model)
         assert stat.S_IMODE((tmp_path / "own").stat().st_mode) == 0o700
         (file,) = (tmp_path / "own").iterdir()
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         found, tensors = store.load("site_a", consent.model)
-        assert (found, digest_of(tensors)) == (consent, consent.model)
-        store.keep(consent_of("site_b", digest_of(model)), model)
+        assert (found.consent, digest_of(tensors)) == (consent, consent.model)
+        store.keep(LetGo(consent=consent_of("site_b", digest_of(model))), model)
         (tmp_path / "own" / "site_a.own.part").write_bytes(b"what a crash left")
         store.keep_only(["site_a", "site_c"])
         assert list((tmp_path / "own").iterdir()) == [file]
@@ -172,7 +173,7 @@ class TestStore:
         consent = consent_of("site_a", digest_of(model))
         with pytest.raises(LostModelError, match="cannot be read"):
             store.load("site_a", consent.model)
-        store.keep(consent, model)
+        store.keep(LetGo(consent=consent), model)
         with pytest.raises(LostModelError, match="not the one"):
             store.load("site_a", "0" * 64)
         (file,) = (tmp_path / "own").iterdir()
@@ -600,6 +601,32 @@ class TestSealed:
         assert asked == 1
         assert own_stages(end)["site_b"] == {}
         assert ("site_b", "site") in [(f.site, f.code) for r in end.history for f in r.failures]
+
+    def test_a_hospital_that_joins_after_the_last_word_gets_no_own_model(
+        self, tmp_path: Path
+    ) -> None:
+        """Each let its model go to the hospitals that it had accepted by then."""
+        study, seen = Sealed(tmp_path), set[str | None]()
+
+        def newcomer(task: bytes) -> bytes:
+            header = peek(task, TaskHeader, max_bytes=10**7)
+            seen.add(header.owner)
+            if header.stage in ("enlist", "release"):
+                return reply(task, "site_d")
+            return answer(task_digest(task), "site_d", Refused(code="failed"), None)
+
+        def join(event: Event) -> None:
+            if isinstance(event, StageClosed) and event.record.owner == "site_a":
+                party = study.parties["site_d"] = Party("site_d")
+                study.grid.sites[14] = SealedSite(party, PLAN, study.key.public, newcomer)
+                study.enrol()
+
+        end = study.run(join)
+        found = own_stages(end)
+        assert seen == {None} and set(found["site_a"]) == set(SITES)
+        assert found["site_b"] == found["site_c"] == {}
+        failed = [(f.site, f.code) for r in end.history for f in r.failures if r.owner == f.site]
+        assert failed == [("site_b", "joined"), ("site_c", "joined")]
 
 
 class Shown(Kept):
