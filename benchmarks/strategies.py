@@ -14,8 +14,9 @@ ARM+KIND is ARM fine-tuned at each hospital afterwards.
     python benchmarks/strategies.py --list                                   # arms and settings
 
 A point is 0.01 Dice. `worst` is the mean Dice of the hospital that has the lowest. `rounds` and
-`MB` are what it took, all hospitals together, until the curve of the federation's own evaluation
-first reached 99 % of its last value; `-` for arms that send nothing.
+`MB` are what training took, all hospitals together and both ways, until the curve of the
+federation's own evaluation first reached 99 % of its last value (the arm's own, so that a worse arm
+is not slower for it); `-` for arms that send nothing, and for fine-tuned ones.
 """
 
 from __future__ import annotations
@@ -353,8 +354,12 @@ def compared(results: Sequence[dict[str, Any]]) -> Iterable[dict[str, Any]]:
 
 
 def said_of(difference: Estimate) -> str:
-    """What an interval lets one say of the first of two arms."""
-    return "not worse" if difference.low is not None and difference.low > -MARGIN else "undecided"
+    """What an interval lets one say of the first of two arms; not adjusted for their number."""
+    if difference.low is None or difference.high is None:
+        return "undecided"
+    if difference.low > -MARGIN:
+        return "not worse"
+    return "worse" if difference.high < 0 else "undecided"
 
 
 def _persons(results: Sequence[dict[str, Any]], arm: str) -> dict[tuple[str, str], float]:
