@@ -130,7 +130,12 @@ def last_measured(progress: Progress) -> CrossSite | None:
 
 def own_models(plan: StudyPlan, progress: Progress) -> OwnModels | None:
     """Hospitals' own models over the hospitals; None while the first is still to be measured."""
-    last = [s for s in progress.stages if (s.round, s.stage) == (progress.rounds, "train")]
+    last = [
+        stage
+        for stage in progress.stages
+        if (stage.round, stage.stage) == (progress.rounds, "train")
+        and len(stage.answered) >= progress.minimum_sites  # else it is tried again
+    ]
     found = {
         stage.owner: [_told(site, stage) for site in progress.sites]
         for stage in progress.stages
@@ -138,8 +143,9 @@ def own_models(plan: StudyPlan, progress: Progress) -> OwnModels | None:
     }
     if not plan.evaluation.own_models or not last or (last[-1].let_go and not found):
         return None
-    at_home = [site for site in last[-1].answered if site not in last[-1].let_go]
-    return ownmodels.gathered(found, at_home, progress.rounds)
+    let_go = {site: site in last[-1].let_go for site in last[-1].answered}
+    everyone = [site.name for site in progress.sites]
+    return ownmodels.gathered(found, let_go, everyone, progress.rounds)
 
 
 def charts(progress: Progress) -> tuple[Chart, ...]:

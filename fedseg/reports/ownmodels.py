@@ -2,12 +2,13 @@
 
 Its own model is the last shared one with its last update, where its policy let that go to the
 others. What is known is what each hospital let leave of its own measuring. Whose model stayed at
-home is named, for the worst may be among those. Nothing here needs numpy.
+home, and who gave no last update, is named, for the worst may be among those. Nothing here needs
+numpy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedseg.plan import StudyPlan
@@ -35,15 +36,17 @@ NOT_YET = (
 
 @dataclass(frozen=True)
 class OwnModels:
-    """All own models that were let go, worst first; and whose was not.
+    """All own models that were let go, worst first; whose was not, and who has none.
 
     Attributes:
         measured: site -> its model over the hospitals.
         at_home: sites that trained in the last round and let no model go.
+        without: sites whose update the last round has not.
     """
 
     measured: Mapping[str, CrossSite]
     at_home: tuple[str, ...]
+    without: tuple[str, ...] = ()
 
 
 def own_models(
@@ -55,7 +58,12 @@ def own_models(
         stages: the study's history.
         sites: who is enrolled besides those who ever answered.
     """
-    last = [r for r in stages if (r.round, r.stage) == (plan.aggregation.rounds, "train")]
+    last = [
+        r
+        for r in stages
+        if (r.round, r.stage) == (plan.aggregation.rounds, "train")
+        and len(r.answers) >= plan.aggregation.minimum_sites  # else it is tried again
+    ]
     if not plan.evaluation.own_models or not last:
         return None
     everyone = sorted({*sites, *(a.site for record in stages for a in record.answers)})
@@ -64,17 +72,28 @@ def own_models(
         if record.owner is not None:
             answers = {a.site: a for a in record.answers}
             found[record.owner] = [told(site, answers.get(site), plan) for site in everyone]
-    at_home = tuple(a.site for a in last[-1].answers if a.own is None)
-    return gathered(found, at_home, plan.aggregation.rounds)
+    let_go = {a.site: a.own is not None for a in last[-1].answers}
+    return gathered(found, let_go, everyone, plan.aggregation.rounds)
 
 
 def gathered(
-    found: Mapping[str, Iterable[SiteScore]], at_home: Sequence[str], round_: int
+    found: Mapping[str, Iterable[SiteScore]],
+    let_go: Mapping[str, bool],
+    sites: Iterable[str],
+    round_: int,
 ) -> OwnModels:
-    """Own models in the order worst Dice first; those that nobody told of come last."""
+    """Own models in the order worst Dice first; those that nobody told of come last.
+
+    Args:
+        found: owner -> what each hospital told of its model.
+        let_go: of each site whose update the last round has, whether it let its model go.
+        sites: all.
+    """
     measured = {owner: compared(scores, round_=round_) for owner, scores in found.items()}
     order = sorted(measured, key=lambda owner: (_worst(measured[owner]), owner))
-    return OwnModels({owner: measured[owner] for owner in order}, tuple(sorted(at_home)))
+    at_home = tuple(sorted(site for site, gone in let_go.items() if not gone))
+    without = tuple(sorted({*sites} - {*let_go}))
+    return OwnModels({owner: measured[owner] for owner in order}, at_home, without)
 
 
 def recorded(found: OwnModels | None, stages: Sequence[StageRecord]) -> tuple[OwnModelScores, ...]:
@@ -95,20 +114,21 @@ def sentences(plan: StudyPlan, found: OwnModels | None) -> tuple[str, ...]:
     if found is None:
         return (NOT_YET if plan.evaluation.own_models else own_elsewhere(plan),)
     each = (_sentence(owner, across) for owner, across in found.measured.items())
-    return (WHAT, *each, *_at_home(found))
+    return (WHAT, *each, *_left_out(found))
 
 
 def beside_table(plan: StudyPlan, found: OwnModels | None) -> tuple[str, ...]:
     """The same where a table has the numbers: what they are, and whose model they leave out."""
-    return sentences(plan, None) if found is None else (WHAT, *_at_home(found))
+    return sentences(plan, None) if found is None else (WHAT, *_left_out(found))
 
 
-def _at_home(found: OwnModels) -> tuple[str, ...]:
-    """Whose own model was not let go, if any."""
-    if not found.at_home:
-        return ()
-    who = listed(found.at_home)
-    return (f"Not passed on, since the hospital did not consent: the own model of {who}.",)
+def _left_out(found: OwnModels) -> Iterator[str]:
+    """Whose own model was not let go, and who has none, if any."""
+    if found.at_home:
+        who = listed(found.at_home)
+        yield f"Not passed on, since the hospital did not consent: the own model of {who}."
+    if found.without:
+        yield f"No update of the last round, so no own model: {listed(found.without)}."
 
 
 def dice_of(across: CrossSite) -> Spread | None:
@@ -120,7 +140,7 @@ def _sentence(owner: str, across: CrossSite) -> str:
     """One own model over the hospitals."""
     dice, known = dice_of(across), across.named("measured")
     if dice is None:
-        who = f"{listed(known)} alone told of it" if known else "no hospital told of it"
+        who = f"{listed(known)} alone told of it" if known else "no hospital measured it and told"
         return f"{owner}’s own model: {who}, so there is nothing to compare."
     home = next((s.values.get("dice") for s in across.scores if s.site == owner), None)
     at_home = "" if home is None else f" At home its Dice is {number(home)}."

@@ -702,6 +702,42 @@ class TestTold:
         assert f"did not consent: the own model of {who}." in page
         assert ownmodels.NOT_YET not in page
 
+    def test_who_gave_no_last_update_is_named_and_nobody_before_the_round_is_over(
+        self, tmp_path: Path
+    ) -> None:
+        """site_c alone answers the first attempt, and not the second, which counts."""
+        tries: dict[str, int] = {}
+
+        def in_turn(task: bytes, site: str) -> bytes:
+            if last(peek(task, TaskHeader, max_bytes=10**7)):
+                tries[site] = tries.get(site, 0) + 1
+                if (tries[site] == 1) != (site == "site_c"):
+                    return answer(task_digest(task), site, Refused(code="failed"), None)
+            return reply(task, site, consents=site != "site_c")
+
+        start = first_state(PLAN, tiny_model())
+        keeper = ProgressKeeper(tmp_path / "progress.json", PLAN, start, sites=SITES)
+        runner = Runner(tmp_path, **{site: partial(in_turn, site=site) for site in SITES})
+        runner.kept = Shown(keeper)
+        pages: list[str] = []
+
+        def look(event: Event) -> None:
+            keeper(event)
+            if isinstance(event, StageClosed) and (event.record.round, event.record.stage) == (
+                ROUNDS, "train",
+            ):  # fmt: skip
+                pages.append(render(PLAN, keeper.document(), Situation()))
+                known = ownmodels.own_models(PLAN, runner.kept.states[-1].history)
+                assert (known is None) == (len(pages) == 1)
+
+        end = runner.run(observe=look)
+        pages.append(render(PLAN, keeper.document(), Situation()))
+        said = ownmodels.sentences(PLAN, ownmodels.own_models(PLAN, end.history))
+        missing = "No update of the last round, so no own model: site_c."
+        assert [ownmodels.NOT_YET in page for page in pages] == [True, True, False]
+        assert [missing in page for page in pages] == [False, False, True] and missing in said
+        assert not [page for page in (*pages, *said) if "did not consent" in page]
+
     def test_the_worst_comes_first_then_the_spread_then_the_mean(self, tmp_path: Path) -> None:
         found = ownmodels.own_models(PLAN, Runner(tmp_path).run().history)
         assert found is not None
