@@ -22,6 +22,7 @@ from fedseg.plan import StudyPlan
 from fedseg.updates import SplitName
 from sites.approval import CohortRecord, frozen_record
 from sites.folder import SiteFolder
+from sites.origins import note_of
 
 if TYPE_CHECKING:
     from fedseg.imaging.quality import Inspection
@@ -91,6 +92,7 @@ def choose_cohort(
         patients=patients,
         left_out=cohorts[row].left_out,
         unlisted=_unlisted(manifest),
+        training=note_of(cohort.split("train").patients).digest,
         fingerprint=_fingerprint(cohort),
         annotated=cohort.annotated,
     )

@@ -25,6 +25,7 @@ from sites.explain import Situation
 from sites.folder import SiteFolder
 from sites.keyring import own_identity
 from sites.notes import write_note
+from sites.origins import keep_note, known_note, note_of
 from sites.policy import authorise, load_policy, rules
 from sites.rights import as_owner_of
 from sites.rolls import accepted_roll, take_roll
@@ -140,6 +141,7 @@ def approve(
             f"the list of sites of {study} expired on {roll.valid_until}: ask the consortium for a "
             "renewed bundle and join with it"
         )
+    _keep_patients(folder, bundle.plan, chosen, cohort)
     if bundle.plan.private is not None:
         _register(folder, bundle.plan, chosen, cohort, key, now)
     approval = Approval(
@@ -163,7 +165,7 @@ def approve(
         roll=approval.roll,
         version=roll.version,
         cohort=approval.cohort,
-        data=chosen.fingerprint,
+        trained_on=chosen.training,
         any_later_sites=any_later_sites,
         by=by,
     )
@@ -241,6 +243,20 @@ def _register(
     except (PrivacyError, PlanError, DataError, TrustError) as error:
         _audit_refusal(folder, plan, key, "ledger", error, now)
         raise
+
+
+def _keep_patients(
+    folder: SiteFolder, plan: StudyPlan, chosen: CohortRecord, cohort: Cohort | None
+) -> None:
+    """Note whom the study may train on, unless it was noted before."""
+    from sites.cohort import recorded_cohort
+
+    if known_note(folder, chosen.training) is not None:
+        return
+    with as_owner_of(folder.trainer):
+        if cohort is None:
+            cohort = recorded_cohort(folder.record.name, plan, chosen)
+        keep_note(folder, note_of(cohort.split("train").patients))
 
 
 def _audit_refusal(

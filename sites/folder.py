@@ -104,6 +104,11 @@ class SiteFolder:
         return self.trainer / "ledger.secret"
 
     @property
+    def trained(self) -> Path:
+        """Notes of whom models were trained on; see `sites.origins`."""
+        return self.trainer / "trained"
+
+    @property
     def relay(self) -> Path:
         """What the relays know: Flower's node key and a folder a study."""
         return self.path / "relay"

@@ -1,14 +1,15 @@
 """The patients on whom a hospital validates models: held back from every training, labelled, here.
 
 They are those of `test` where the hospital has labelled test patients, else those of `val`. Who
-withdrew is left out. Models whose plans would split these patients differently are not compared:
+withdrew is left out, and so is whom one of the models was trained on before the data were divided
+as they are now. Models whose plans would split these patients differently are not compared:
 one of them was trained on patients whom another had held back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,16 +20,21 @@ from fedseg.evaluation.validation import Split
 from fedseg.imaging.cases import Cohort
 from fedseg.imaging.manifests import read_manifest
 from fedseg.imaging.traits import Traits, read_traits
+from fedseg.modelfile import ModelHeader
 from fedseg.plan import StudyPlan
 from sites.approval import CohortRecord, frozen_record
 from sites.audit import utc_now
 from sites.cohort import Progress, choose_cohort, recorded_cohort
 from sites.enrolment import pinned_bundle
 from sites.folder import SiteFolder
+from sites.origins import Origins, trained_on
 from sites.rights import as_owner_of
 
 if TYPE_CHECKING:
     from fedseg.security.keys import SigningKey
+
+
+SEEN = "patients whom the training of one of the models has seen"
 
 
 @dataclass(frozen=True)
@@ -60,25 +66,25 @@ class HeldBack:
 
     Attributes:
         cohort: labelled cases of one split, of patients who did not withdraw.
-        fingerprint: of the data, all splits, with those who withdrew.
         left_out: what was not measured, by reason.
         traits: column -> patient -> cells of the table.
+        notes: what is to be said besides.
     """
 
     cohort: Cohort
     split: Split
-    fingerprint: str
     left_out: Mapping[str, int]
     traits: Traits
+    notes: tuple[str, ...] = ()
 
 
 def held_back(
-    plans: Sequence[StudyPlan], source: Source, house: House | None, progress: Progress
+    models: Mapping[str, ModelHeader], source: Source, house: House | None, progress: Progress
 ) -> HeldBack:
     """The held-back patients of a hospital.
 
     Args:
-        plans: of the models, at least one; the first says which data are approved.
+        models: name -> header, at least one; the plan of the first says which data are approved.
         house: None for a researcher without a site.
 
     Raises:
@@ -86,7 +92,8 @@ def held_back(
             would be split differently by the plans.
         TrustError: approval or ledger were edited.
     """
-    plan, left_out = plans[0], dict[str, int]()
+    plans, left_out = [header.plan for header in models.values()], dict[str, int]()
+    plan = plans[0]
     if source.data is None:
         if house is None:
             raise DataError("name the data: --data DIR, or the site's folder with --site")
@@ -103,11 +110,14 @@ def held_back(
             left_out["cases that the check found unusable"] = record.left_out
     assert source.data is not None
     _require_one_split(cohort, plans, source.data, source.table)
-    there = cohort
+    there, origins = cohort, Origins()
     if house is not None:
-        cohort = less_withdrawn(house, cohort)
+        cohort, origins = less_withdrawn(house, cohort), trained_on(house, models)
     if gone := len(there.patients) - len(cohort.patients):
         left_out["patients of all splits who withdrew"] = gone
+    cohort, seen = _less_seen(cohort, origins.patients)
+    if seen:
+        left_out[SEEN] = seen
     split: Split = "test" if labelled(cohort.split("test")).cases else "val"
     wanted = cohort.split(split)
     measurable = labelled(wanted)
@@ -115,16 +125,30 @@ def held_back(
         left_out[f"cases of {split} without a label"] = bare
     if not measurable.cases:
         raise DataError(
-            "no labelled patient is held back: neither test nor val has one, so nothing can be "
-            "validated; hold some back in the column split, never having trained on them"
+            "no labelled patient is held back: neither test nor val has one"
+            + (f" ({seen} {SEEN})" if seen else "")
+            + ", so nothing can be validated; hold some back in the column split, never having "
+            "trained on them"
         )
     return HeldBack(
         cohort=measurable,
         split=split,
-        fingerprint=record.fingerprint,
         left_out=left_out,
         traits=read_traits(source.data, measurable.cases, source.table),
+        notes=tuple(
+            f"{name}: the note of whom it was trained on here is missing from trainer/trained, or "
+            "was edited: somebody who is held back now may be among them, and its figures may "
+            "flatter it"
+            for name in origins.unknown
+        ),
     )
+
+
+def _less_seen(cohort: Cohort, trained: frozenset[str]) -> tuple[Cohort, int]:
+    """The cohort less held-back patients whom a model was trained on, and how many they were."""
+    seen = {c.patient for c in cohort.cases if c.split != "train" and c.patient in trained}
+    cases = tuple(case for case in cohort.cases if case.patient not in seen)
+    return replace(cohort, cases=cases), len(seen)
 
 
 def _approved(house: House, plan: StudyPlan) -> tuple[Cohort, CohortRecord]:

@@ -1,46 +1,103 @@
-"""Of which of a hospital's data its models were made, as its audit has it.
+"""Whom a hospital's models were trained on, so that nobody of them is held back for them later.
 
-A plan says how patients are divided, not who they were. Where the data changed between a training
-and a validation, somebody may be held back now on whom a model was trained before.
+A plan says how patients are divided, not who they are: after the data were divided anew, or mended,
+somebody may be held back on whom a model was trained before. So approving a plan, training alone
+and fine-tuning note whose images the model may see, in trainer/trained/DIGEST.json, and enter the
+digest in the audit. The notes name patients: they are for the trainer's user alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from fedseg.chain import Entry, Fact, verify_chain
+from fedseg.errors import DataError
+from fedseg.frozen import Frozen
 from fedseg.modelfile import ModelHeader
-from sites.heldback import House
+from sites.folder import SiteFolder
+from sites.notes import read_note, write_note
+from sites.rights import make_folder
 
+if TYPE_CHECKING:
+    from sites.heldback import House
+
+FACT = "trained_on"
 # What an entry of the audit says it was made for: a plan, or one model.
 _MADE = {"plan_approved": "plan", "finetuned": "model", "trained_locally": "model"}
 
 
-def made_of_other_data(
-    house: House, models: Mapping[str, ModelHeader], fingerprint: str
-) -> tuple[str, ...]:
-    """A warning for every model that this hospital trained, or allowed to train, on other data.
+class TrainedOn(Frozen):
+    """trainer/trained/DIGEST.json: patients, sorted, each once."""
+
+    format: Literal["fedseg-trained/1"] = "fedseg-trained/1"
+    patients: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the note, which is its name and stands in the audit."""
+        return hashlib.sha256(self.canonical_bytes).hexdigest()
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Whom some models may have been trained on here.
+
+    Attributes:
+        patients: those that are known.
+        unknown: the models of which a note is missing or was edited.
+    """
+
+    patients: frozenset[str] = frozenset()
+    unknown: tuple[str, ...] = ()
+
+
+def note_of(patients: Iterable[str]) -> TrainedOn:
+    """The note of some patients; it is not written yet."""
+    return TrainedOn(patients=tuple(sorted(set(patients))))
+
+
+def keep_note(folder: SiteFolder, note: TrainedOn) -> str:
+    """Write a note, for the trainer's user alone, and give its digest for the audit.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    write_note(make_folder(folder.trained) / f"{note.digest}.json", note.canonical_bytes)
+    return note.digest
+
+
+def known_note(folder: SiteFolder, digest: Fact) -> TrainedOn | None:
+    """A note as it was written, or None where it is missing or was edited."""
+    try:
+        note = read_note(folder.trained / f"{digest}.json", TrainedOn)
+    except DataError:
+        return None
+    return note if note.digest == digest else None
+
+
+def trained_on(house: House, models: Mapping[str, ModelHeader]) -> Origins:
+    """Whom models may have been trained on here, by themselves or by what they were made from.
 
     Args:
         models: name -> header.
-        fingerprint: of the data on which they are to be validated, all splits.
 
     Raises:
         TrustError: the audit was changed.
     """
     entries = verify_chain(house.folder.audit, house.key.public)
     starts = {e.facts["model"]: e.facts["start"] for e in entries if e.event == "finetuned"}
-    return tuple(
-        f"{name}: this hospital approved other data for it, or trained it on others, than those it "
-        "is validated on: somebody who is held back now may have been trained on, and its figures "
-        "may flatter it"
-        for name, header in models.items()
-        if any(
-            _is_of(entry, header, _line(header.model_digest, starts))
-            and _differs(entry, fingerprint)
-            for entry in entries
-        )
-    )
+    patients, unknown = set[str](), []
+    for name, header in models.items():
+        line = _line(header.model_digest, starts)
+        digests = {entry.facts.get(FACT) for entry in entries if _is_of(entry, header, line)}
+        notes = [known_note(house.folder, digest) for digest in digests - {None}]
+        patients.update(*(note.patients for note in notes if note is not None))
+        if None in notes:
+            unknown.append(name)
+    return Origins(frozenset(patients), tuple(unknown))
 
 
 def _line(model: Fact, starts: Mapping[Fact, Fact]) -> set[Fact]:
@@ -58,8 +115,3 @@ def _is_of(entry: Entry, header: ModelHeader, line: set[Fact]) -> bool:
     named: Mapping[str, set[Fact]] = {"plan": plans, "model": line}
     kind = _MADE.get(entry.event)
     return kind is not None and entry.facts.get(kind) in named[kind]
-
-
-def _differs(entry: Entry, fingerprint: str) -> bool:
-    """Whether it names other data; entries of before the data were named do not say."""
-    return entry.facts.get("data") not in (None, fingerprint)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fedseg.evaluation.evidence import Estimate
     from fedseg.evaluation.thresholds import Thresholds
     from fedseg.evaluation.validation import ValidationResult
-    from sites.heldback import HeldBack, House
+    from sites.heldback import House
     from sites.policy import Policy
     from sites.validating import Entrant
 
@@ -113,7 +113,7 @@ def validate(
         suppress_below=rules.suppress_below or SUPPRESS_BELOW,
     )
     patients = held_back(
-        [each.header.plan for each in found],
+        {each.candidate.name: each.header for each in found},
         Source(data.absolute() if data else None, table, row),
         house,
         lambda cases: progress_bar("inspecting", cases),
@@ -121,11 +121,11 @@ def validate(
     total = len(found) * len(patients.cohort.cases)
     with ExitStack() as stack:
         if house is not None:
-            places = _at_site(house, found, patients, wanted.thresholds, created, stack)
+            places = _at_site(house, found, wanted.thresholds, created, stack)
         else:
             places = _without_site(out or Path("validation"), cache, stack)
         unapproved = house is not None and data is not None
-        notes = (*places.notes, UNAPPROVED) if unapproved else places.notes
+        notes = (*places.notes, *patients.notes, *((UNAPPROVED,) if unapproved else ()))
         advance = stack.enter_context(progress_bar("measuring", total))
         result, overlays = validate_here(
             found, patients, wanted,
@@ -138,7 +138,7 @@ def validate(
 
 @dataclass(frozen=True)
 class _Places:
-    """Where things are kept, and what is to be said of thresholds and models."""
+    """Where things are kept, and what is to be said of the thresholds."""
 
     result: Path
     measured: Path
@@ -149,26 +149,20 @@ class _Places:
 def _at_site(
     house: House,
     found: tuple[Entrant, ...],
-    patients: HeldBack,
     thresholds: Thresholds | None,
     created: str,
     stack: ExitStack,
 ) -> _Places:
     """In the site's folder, as its owner."""
-    from sites.origins import made_of_other_data
     from sites.validating import MEASURED, new_place, thresholds_moved
 
     folder = house.folder
-    models = {each.candidate.name: each.header for each in found}
     stack.enter_context(as_owner_of(folder.validations))
     return _Places(
         result=new_place(folder, found[0].candidate.study, created),
         measured=folder.validations / MEASURED,
         cache=folder.cache,
-        notes=(
-            *thresholds_moved(folder, found, thresholds),
-            *made_of_other_data(house, models, patients.fingerprint),
-        ),
+        notes=thresholds_moved(folder, found, thresholds),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import stat
 import subprocess
@@ -44,6 +45,7 @@ from fedseg.promise import NoPrivacy
 from fedseg.simulation.study import Options, simulate
 from sites import cli
 from sites.cohort import load_cohort
+from sites.heldback import SEEN
 
 FILE = f"{STUDY}-local.safetensors"
 
@@ -307,8 +309,8 @@ def test_models_whose_images_are_prepared_differently_are_said_to_be(site: Hospi
     assert "spacing_mm is global: [1.0, 1.0, 1.0]; local: [2.0, 1.0, 1.0]" in said
 
 
-def test_models_of_other_data_than_they_are_validated_on_are_said_to_be(tmp_path: Path) -> None:
-    """A patient whom two models were trained on is held back later; the third knows only these."""
+def test_nobody_is_held_back_for_a_model_that_was_trained_on_him(tmp_path: Path) -> None:
+    """A patient of train is held back later: not for models of before, but for one of after."""
     plan, shared = tiny_built()
     data = phantoms(tmp_path / "data", patients=6)
     site = hospital(tmp_path / "site", data, Consortium(plan, shared))
@@ -316,19 +318,25 @@ def test_models_of_other_data_than_they_are_validated_on_are_said_to_be(tmp_path
     at(site)
     where = ("--site", site.folder.path)
     run("validate", STUDY, f"{STUDY}-local", *where)
-    assert not said_of_data(site)
+    held = {each.patient for each in read(site).patients}
+    assert not read(site).left_out
     table = data / "sites.csv"
-    table.write_text(table.read_text().replace("train", "test", 1))
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    moved = next(row for row in rows if row["split"] == "train")
+    own_split = next(row["split"] for row in rows if row["patient"] in held)
+    before = ",".join(moved.values())
+    after = ",".join((moved | {"split": own_split}).values())
+    table.write_text(table.read_text().replace(before, after))
     approved(site.folder, site.consortium, data)
-    other = site.folder.models / f"{STUDY}-again.safetensors"
-    at(site, "--out", other)
-    run("validate", STUDY, f"{STUDY}-local", f"{STUDY}-again", *where)
-    again = f"local ({STUDY}-again)"
-    said = said_of_data(site)
-    assert again in [each.name for each in read(site).candidates]
-    assert [words.partition(": ")[0] for words in said] == ["global", f"local ({STUDY}-local)"]
-
-
-def said_of_data(site: Hospital) -> list[str]:
-    """Warnings of other data."""
-    return [words for words in read(site).warnings if "approved other data" in words]
+    at(site, "--out", site.folder.models / "again.safetensors")
+    for models in ([STUDY], [f"{STUDY}-local"], [f"{STUDY}-local", "again"]):
+        run("validate", *models, *where)
+        assert {each.patient for each in read(site).patients} == held
+        assert read(site).left_out == {SEEN: 1}
+    run("validate", "again", *where)
+    assert {each.patient for each in read(site).patients} == {*held, moved["patient"]}
+    for note in site.folder.trained.iterdir():
+        note.write_text(note.read_text().replace(moved["patient"], "nobody"))
+    run("validate", STUDY, *where)
+    (said,) = [words for words in read(site).warnings if "trainer/trained" in words]
+    assert said.startswith("global: the note")

@@ -1,26 +1,33 @@
-"""What a hospital's audit says of the data that a model was made of, through every fine-tuning."""
+"""Whom a hospital's audit and notes say that a model was trained on, through every fine-tuning."""
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 
+import pytest
 from small_hospitals import (
     NOW,
     STUDY,
+    Consortium,
     Hospital,
+    approved,
     fixture_data,  # noqa: F401
     fixture_founded,  # noqa: F401
     fixture_site,  # noqa: F401
+    hospital,
+    phantoms,
     text,
+    tiny_built,
 )
 from small_plans import tiny_model
 
 from fedseg.alone import plan_alone
 from fedseg.modelfile import ModelHeader, save_model
-from sites.approval import frozen_record
 from sites.audit import record
+from sites.cohort import load_cohort
 from sites.heldback import House
-from sites.origins import made_of_other_data
+from sites.origins import Origins, keep_note, note_of, trained_on
 
 OTHER = "0" * 64
 
@@ -34,54 +41,68 @@ def header(site: Hospital, folder: Path, seed: int, arm: str, rounds: int = 3) -
     return save_model(folder / f"{seed}", plan, model, arm=arm, rounds=rounds, released=released)
 
 
-def warned(site: Hospital, fingerprint: str, *headers: ModelHeader) -> list[bool]:
-    """Of which models a warning comes."""
-    house = House(site.folder, site.signing)
-    return [bool(made_of_other_data(house, {"it": each}, fingerprint)) for each in headers]
+def origins(site: Hospital, *headers: ModelHeader) -> Origins:
+    """Of some models, named by their place."""
+    named = {f"{number}": each for number, each in enumerate(headers)}
+    return trained_on(House(site.folder, site.signing), named)
 
 
-def tuned(site: Hospital, start: ModelHeader, model: ModelHeader, data: str) -> None:
-    """The entry of a fine-tuning."""
-    facts = {"start": start.model_digest, "model": model.model_digest, "data": data}
-    record(site.folder, site.signing, "finetuned", lambda: text(NOW), **facts)
-
-
-def approved_data(site: Hospital) -> str:
-    """Fingerprint of the data that the plan was approved with."""
-    found = frozen_record(site.folder, STUDY, site.consortium.plan.digest)
-    assert found is not None
-    return found.fingerprint
+def entered(site: Hospital, event: str, model: ModelHeader, *patients: str, **facts: str) -> None:
+    """A training of some patients is noted, and in the audit."""
+    digest = keep_note(site.folder, note_of(patients))
+    now = lambda: text(NOW)  # noqa: E731
+    said = {"model": model.model_digest, "trained_on": digest, **facts}
+    record(site.folder, site.signing, event, now, **said)
 
 
 def test_what_a_model_was_fine_tuned_from_counts_however_often(
     site: Hospital, tmp_path: Path
 ) -> None:
-    here = approved_data(site)
-    local, first, second = (
-        header(site, tmp_path, seed, arm)
-        for seed, arm in enumerate(("local", "finetuned", "finetuned"), 1)
-    )
-    facts = {"model": local.model_digest, "data": here}
-    record(site.folder, site.signing, "trained_locally", lambda: text(NOW), **facts)
-    tuned(site, local, first, here)
-    tuned(site, first, second, here)
-    assert warned(site, here, local, first, second) == [False, False, False]
-    facts["data"] = OTHER
-    record(site.folder, site.signing, "trained_locally", lambda: text(NOW), **facts)
-    assert warned(site, here, local, first, second) == [True, True, True]
+    local, first, second = (header(site, tmp_path, seed, "local") for seed in (1, 2, 3))
+    entered(site, "trained_locally", local, "Pa", "Pb")
+    entered(site, "finetuned", first, "Pc", start=local.model_digest)
+    entered(site, "finetuned", second, "Pd", "Pd", start=first.model_digest)
+    assert origins(site, local) == Origins(frozenset({"Pa", "Pb"}))
+    assert origins(site, first) == Origins(frozenset({"Pa", "Pb", "Pc"}))
+    assert origins(site, second) == Origins(frozenset({"Pa", "Pb", "Pc", "Pd"}))
+    assert origins(site, header(site, tmp_path, 4, "local")) == Origins()
 
 
-def test_only_the_start_of_other_data_warns_of_what_came_from_it(
-    site: Hospital, tmp_path: Path
+def test_every_approval_of_a_plan_counts_for_its_models(tmp_path: Path) -> None:
+    plan, model = tiny_built()
+    data = phantoms(tmp_path / "data", patients=6)
+    site = hospital(tmp_path / "site", data, Consortium(plan, model))
+    shared = header(site, tmp_path, 1, "federated")
+    initial = header(site, tmp_path, 2, "initial", rounds=0)
+    train = load_cohort(site.folder, STUDY, plan).split("train").patients
+    assert origins(site, shared) == Origins(frozenset(train))
+    assert origins(site, initial) == Origins()
+    table = data / "sites.csv"
+    table.write_text(table.read_text().replace("train", "test", 1))
+    approved(site.folder, site.consortium, data)
+    left = load_cohort(site.folder, STUDY, plan).split("train").patients
+    assert len(left) == len(train) - 1
+    assert origins(site, shared) == Origins(frozenset(train))
+
+
+@pytest.mark.parametrize("harm", ["missing", "edited", "torn"])
+def test_a_note_that_is_not_as_it_was_written_is_not_believed(
+    site: Hospital, tmp_path: Path, harm: str
 ) -> None:
-    here = approved_data(site)
-    start, first, second = (header(site, tmp_path, seed, "finetuned") for seed in (1, 2, 3))
-    tuned(site, start, first, OTHER)
-    tuned(site, first, second, here)
-    assert warned(site, here, start, first, second) == [False, True, True]
+    shared, local = header(site, tmp_path, 1, "federated"), header(site, tmp_path, 2, "local")
+    entered(site, "trained_locally", local, "Pa")
+    path = site.folder.trained / f"{note_of(['Pa']).digest}.json"
+    if harm == "missing":
+        path.unlink()
+    else:
+        path.write_text(path.read_text().replace("Pa", "Pz") if harm == "edited" else "{")
+    found = origins(site, shared, local)
+    assert found.unknown == ("1",) and found.patients == origins(site, shared).patients
+    entered(site, "trained_locally", local, "Pa")
+    assert origins(site, local) == Origins(frozenset({"Pa"}))
 
 
-def test_a_model_of_no_round_was_trained_on_nobody(site: Hospital, tmp_path: Path) -> None:
-    initial = header(site, tmp_path, 1, "initial", rounds=0)
-    shared = header(site, tmp_path, 2, "federated")
-    assert warned(site, OTHER, initial, shared) == [False, True]
+def test_notes_are_for_the_trainer_alone(site: Hospital) -> None:
+    notes = list(site.folder.trained.iterdir())
+    assert notes and stat.S_IMODE(site.folder.trained.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(note.stat().st_mode) for note in notes} == {0o600}
