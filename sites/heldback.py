@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fedseg.security.keys import SigningKey
 
 
-SEEN = "patients whom the training of one of the models has seen"
+SEEN = "patients whom the training of one of the models may have seen"
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,13 @@ def held_back(
         cohort, origins = less_withdrawn(house, cohort), trained_on(house, models)
     if gone := len(there.patients) - len(cohort.patients):
         left_out["patients of all splits who withdrew"] = gone
-    cohort, seen = _less_seen(cohort, origins.patients)
+    held, cohort = cohort, _less_seen(cohort, origins.patients)
+    split: Split = "test" if labelled(cohort.split("test")).cases else "val"
+    # Who told a fine-tuning when to stop is of `val`: not missed where `test` is measured.
+    asked: tuple[Split, ...] = ("test",) if split == "test" else ("test", "val")
+    seen = sum(len(held.split(s).patients) - len(cohort.split(s).patients) for s in asked)
     if seen:
         left_out[SEEN] = seen
-    split: Split = "test" if labelled(cohort.split("test")).cases else "val"
     wanted = cohort.split(split)
     measurable = labelled(wanted)
     if bare := len(wanted.cases) - len(measurable.cases):
@@ -144,11 +147,10 @@ def held_back(
     )
 
 
-def _less_seen(cohort: Cohort, trained: frozenset[str]) -> tuple[Cohort, int]:
-    """The cohort less held-back patients whom a model was trained on, and how many they were."""
-    seen = {c.patient for c in cohort.cases if c.split != "train" and c.patient in trained}
-    cases = tuple(case for case in cohort.cases if case.patient not in seen)
-    return replace(cohort, cases=cases), len(seen)
+def _less_seen(cohort: Cohort, trained: frozenset[str]) -> Cohort:
+    """The cohort less patients whom a model was trained on."""
+    cases = tuple(case for case in cohort.cases if case.patient not in trained)
+    return replace(cohort, cases=cases)
 
 
 def _approved(house: House, plan: StudyPlan) -> tuple[Cohort, CohortRecord]:

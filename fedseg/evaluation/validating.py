@@ -31,7 +31,7 @@ class Setting:
         created: ISO 8601, UTC.
         labels: all of the task, name -> value.
         lesions: labels that are lesions.
-        left_out: cases that were not measured, by reason in words.
+        left_out: how many of what was not measured, as `cases without a label`.
         suppress_below: smaller subgroups are suppressed.
         traits: column -> patient -> cells of the manifest.
         thresholds: as set beforehand.
@@ -115,7 +115,7 @@ def _warnings(
             )
     if setting.left_out:
         left_out = "; ".join(f"{count} {why}" for why, count in setting.left_out.items())
-        yield f"not every held-back case was measured: {left_out}"
+        yield f"not everybody who is held back was measured: {left_out}"
     missing = [name for name in setting.labels if name not in annotated]
     if missing:
         yield f"nothing is known of {', '.join(missing)}: this hospital does not annotate it"
@@ -160,7 +160,7 @@ def _on_split(candidates: Sequence[Candidate], setting: Setting) -> Iterator[str
     if setting.split == "test":
         return
     yield (
-        "there is no labelled test patient, so those of `val` were measured: the study looked at "
+        "no labelled test patient is left, so those of `val` were measured: the study looked at "
         "them while it ran, and whatever was chosen by them looks better than it is"
     )
     tuned = [candidate.name for candidate in candidates if candidate.arm == "finetuned"]

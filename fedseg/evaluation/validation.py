@@ -93,7 +93,7 @@ class ValidationResult(Frozen):
         site: the hospital, as its folder or its data name it.
         created: ISO 8601, UTC.
         split: whose patients were measured.
-        left_out: cases that could not be measured, by reason in words.
+        left_out: how many of what was not measured, as `cases without a label`.
         labels: name -> value, those that this hospital annotates.
         lesion_labels: labels that are lesions.
         margin: a difference of Dice down to minus this one is "not worse".

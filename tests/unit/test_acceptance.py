@@ -103,6 +103,11 @@ def test_thresholds_say_what_was_asked_and_measured(tmp_path: Path) -> None:
     assert lines["Patients with an empty or wild prediction, at most"].asked == "10.0 %"
 
 
+def test_patients_who_are_left_out_are_not_called_cases(tmp_path: Path) -> None:
+    html = html_of(make_validation(), tmp_path)
+    assert "Left out: 3 patients of all splits who withdrew." in html
+
+
 def test_the_worst_patients_come_first(tmp_path: Path) -> None:
     result = make_validation(wild=(7,))
     assert patients_to_show(result)[0] == "P007"

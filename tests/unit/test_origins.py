@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,11 @@ from small_hospitals import (
 from small_plans import tiny_model
 
 from fedseg.alone import plan_alone
+from fedseg.errors import DataError
 from fedseg.modelfile import ModelHeader, save_model
 from sites.audit import record
 from sites.cohort import load_cohort
-from sites.heldback import House
+from sites.heldback import SEEN, House, Source, held_back
 from sites.origins import Origins, keep_note, note_of, trained_on
 
 OTHER = "0" * 64
@@ -100,6 +102,28 @@ def test_a_note_that_is_not_as_it_was_written_is_not_believed(
     assert found.unknown == ("1",) and found.patients == origins(site, shared).patients
     entered(site, "trained_locally", local, "Pa")
     assert origins(site, local) == Origins(frozenset({"Pa"}))
+
+
+def test_who_would_not_be_measured_anyway_is_not_said_to_be_left_out(tmp_path: Path) -> None:
+    """Patients of val tell a fine-tuning when to stop; its model is measured on test."""
+    plan, model = tiny_built()
+    data = phantoms(tmp_path / "data", patients=6)
+    table = data / "sites.csv"
+    table.write_text(table.read_text().replace(",val,", ",test,", 1))
+    site = hospital(tmp_path / "site", data, Consortium(plan, model))
+    cohort, house = load_cohort(site.folder, STUDY, plan), House(site.folder, site.signing)
+    (tested,), (asked,) = cohort.split("test").patients, cohort.split("val").patients
+    source, unseen = Source(None), lambda _cases: nullcontext(lambda _name: None)
+    shared = header(site, tmp_path, 1, "federated")
+    tuned, worse = header(site, tmp_path, 2, "finetuned"), header(site, tmp_path, 3, "finetuned")
+    entered(site, "finetuned", tuned, asked, start=shared.model_digest)
+    found = held_back({"shared": shared, "tuned": tuned}, source, house, unseen)
+    assert (found.split, found.cohort.patients, found.left_out) == ("test", (tested,), {})
+    entered(site, "finetuned", worse, tested, start=shared.model_digest)
+    found = held_back({"worse": worse}, source, house, unseen)
+    assert (found.split, found.cohort.patients, found.left_out) == ("val", (asked,), {SEEN: 1})
+    with pytest.raises(DataError, match=f"2 {SEEN}"):
+        held_back({"tuned": tuned, "worse": worse}, source, house, unseen)
 
 
 def test_notes_are_for_the_trainer_alone(site: Hospital) -> None:

@@ -237,7 +237,7 @@ def make_validation(
         "suppress_below": 5,
         "labels": LABELS,
         "lesion_labels": ("anterior",) if lesions else (),
-        "left_out": {"the image cannot be read": 1},
+        "left_out": {"patients of all splits who withdrew": 3},
         "candidates": make_candidates(names),
         "patients": tuple(p for patients in own.values() for p in patients),
         "summaries": summaries,
