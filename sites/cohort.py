@@ -83,6 +83,7 @@ def choose_cohort(
             "no patient of this site can be trained on: `fedseg-site check` names every case with "
             "its remedy"
         )
+    found = _fingerprint(cohort)
     record = CohortRecord(
         plan=plan.digest,
         data=str(data.absolute()),
@@ -92,8 +93,8 @@ def choose_cohort(
         patients=patients,
         left_out=cohorts[row].left_out,
         unlisted=_unlisted(manifest),
-        training=note_of(cohort.split("train").patients).digest,
-        fingerprint=_fingerprint(cohort),
+        training=note_of(cohort.split("train").patients, found).digest,
+        fingerprint=found,
         annotated=cohort.annotated,
     )
     whole = manifest.cohort(row).patients

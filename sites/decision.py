@@ -256,7 +256,7 @@ def _keep_patients(
     with as_owner_of(folder.trainer):
         if cohort is None:
             cohort = recorded_cohort(folder.record.name, plan, chosen)
-        keep_note(folder, note_of(cohort.split("train").patients))
+        keep_note(folder, note_of(cohort.split("train").patients, chosen.fingerprint))
 
 
 def _audit_refusal(

@@ -80,7 +80,7 @@ def finetune_here(
             progress=progress,
         )
     if owner is not None:
-        _audit(owner, header, tuned, parts, settings, out, now)
+        _audit(owner, header, tuned, patients.fingerprint, parts, settings, out, now)
     released = header.released or header.model_digest
     with as_owner_of(owner.folder.trainer) if owner else nullcontext():
         if tuned.best_check:
@@ -103,6 +103,7 @@ def _audit(
     owner: House,
     start: ModelHeader,
     tuned: Finetuned,
+    data: str,
     parts: Division,
     settings: Finetuning,
     out: Path,
@@ -110,7 +111,7 @@ def _audit(
 ) -> None:
     """Enter what was made of whom."""
     made = bool(tuned.best_check)
-    seen = note_of({*parts.training.patients, *parts.stopping.patients})
+    seen = note_of({*parts.training.patients, *parts.stopping.patients}, data)
     record(
         owner.folder,
         owner.key,

@@ -3,7 +3,8 @@
 A plan says how patients are divided, not who they are: after the data were divided anew, or mended,
 somebody may be held back on whom a model was trained before. So approving a plan, training alone
 and fine-tuning note whose images the model may see, in trainer/trained/DIGEST.json, and enter the
-digest in the audit. The notes name patients: they are for the trainer's user alone.
+digest in the audit. The notes name patients: they are for the trainer's user alone. They name the
+data's fingerprint too: who is shown the audit, and guesses names, cannot try them on the digest.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fedseg.chain import Entry, Fact, verify_chain
 from fedseg.errors import DataError
-from fedseg.frozen import Frozen
+from fedseg.frozen import Digest, Frozen
 from fedseg.modelfile import ModelHeader
 from sites.folder import SiteFolder
 from sites.notes import read_note, write_note
@@ -30,9 +31,10 @@ _MADE = {"plan_approved": "plan", "finetuned": "model", "trained_locally": "mode
 
 
 class TrainedOn(Frozen):
-    """trainer/trained/DIGEST.json: patients, sorted, each once."""
+    """trainer/trained/DIGEST.json: patients, sorted, each once, and the data's fingerprint."""
 
     format: Literal["fedseg-trained/1"] = "fedseg-trained/1"
+    data: Digest
     patients: tuple[str, ...]
 
     @property
@@ -54,9 +56,9 @@ class Origins:
     unknown: tuple[str, ...] = ()
 
 
-def note_of(patients: Iterable[str]) -> TrainedOn:
-    """The note of some patients; it is not written yet."""
-    return TrainedOn(patients=tuple(sorted(set(patients))))
+def note_of(patients: Iterable[str], data: str) -> TrainedOn:
+    """The note of some patients of data of this fingerprint; it is not written yet."""
+    return TrainedOn(data=data, patients=tuple(sorted(set(patients))))
 
 
 def keep_note(folder: SiteFolder, note: TrainedOn) -> str:

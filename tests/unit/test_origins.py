@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import stat
 from contextlib import nullcontext
 from pathlib import Path
@@ -51,7 +52,7 @@ def origins(site: Hospital, *headers: ModelHeader) -> Origins:
 
 def entered(site: Hospital, event: str, model: ModelHeader, *patients: str, **facts: str) -> None:
     """A training of some patients is noted, and in the audit."""
-    digest = keep_note(site.folder, note_of(patients))
+    digest = keep_note(site.folder, note_of(patients, OTHER))
     now = lambda: text(NOW)  # noqa: E731
     said = {"model": model.model_digest, "trained_on": digest, **facts}
     record(site.folder, site.signing, event, now, **said)
@@ -93,7 +94,7 @@ def test_a_note_that_is_not_as_it_was_written_is_not_believed(
 ) -> None:
     shared, local = header(site, tmp_path, 1, "federated"), header(site, tmp_path, 2, "local")
     entered(site, "trained_locally", local, "Pa")
-    path = site.folder.trained / f"{note_of(['Pa']).digest}.json"
+    path = site.folder.trained / f"{note_of(['Pa'], OTHER).digest}.json"
     if harm == "missing":
         path.unlink()
     else:
@@ -124,6 +125,19 @@ def test_who_would_not_be_measured_anyway_is_not_said_to_be_left_out(tmp_path: P
     assert (found.split, found.cohort.patients, found.left_out) == ("val", (asked,), {SEEN: 1})
     with pytest.raises(DataError, match=f"2 {SEEN}"):
         held_back({"tuned": tuned, "worse": worse}, source, house, unseen)
+
+
+def test_whoever_guesses_names_cannot_try_them_on_the_audit(tmp_path: Path) -> None:
+    """The same names with other images are noted under another digest."""
+    found = []
+    for name in ("one", "other"):
+        data = phantoms(tmp_path / name, patients=6)
+        image = sorted(data.rglob("*.nii.gz"))[0]
+        if name == "other":
+            image.write_bytes(gzip.compress(gzip.decompress(image.read_bytes()), 1))
+        site = hospital(tmp_path / f"{name}-site", data)
+        found.append(site.audited("plan_approved")[0].facts["trained_on"])
+    assert found[0] != found[1]
 
 
 def test_notes_are_for_the_trainer_alone(site: Hospital) -> None:
