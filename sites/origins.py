@@ -20,7 +20,7 @@ from fedseg.frozen import Digest, Frozen
 from fedseg.modelfile import ModelHeader
 from sites.folder import SiteFolder
 from sites.notes import read_note, write_note
-from sites.rights import make_folder
+from sites.rights import as_owner_of, make_folder
 
 if TYPE_CHECKING:
     from sites.heldback import House
@@ -49,7 +49,7 @@ class Origins:
 
     Attributes:
         patients: those that are known.
-        unknown: the models of which a note is missing or was edited.
+        unknown: the models of which a note is missing, never was written, or was edited.
     """
 
     patients: frozenset[str] = frozenset()
@@ -74,7 +74,8 @@ def keep_note(folder: SiteFolder, note: TrainedOn) -> str:
 def known_note(folder: SiteFolder, digest: Fact) -> TrainedOn | None:
     """A note as it was written, or None where it is missing or was edited."""
     try:
-        note = read_note(folder.trained / f"{digest}.json", TrainedOn)
+        with as_owner_of(folder.trainer):
+            note = read_note(folder.trained / f"{digest}.json", TrainedOn)
     except DataError:
         return None
     return note if note.digest == digest else None
@@ -95,7 +96,7 @@ def trained_on(house: House, models: Mapping[str, ModelHeader]) -> Origins:
     for name, header in models.items():
         line = _line(header.model_digest, starts)
         digests = {entry.facts.get(FACT) for entry in entries if _is_of(entry, header, line)}
-        notes = [known_note(house.folder, digest) for digest in digests - {None}]
+        notes = [known_note(house.folder, digest) for digest in digests]
         patients.update(*(note.patients for note in notes if note is not None))
         if None in notes:
             unknown.append(name)

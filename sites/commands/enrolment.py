@@ -119,6 +119,8 @@ def leave(
     deleted = enrolment.leave(folder, study, open_signing_key(folder))
     typer.echo(f"left {study}; deleted: {', '.join(deleted)}")
     kept = [f"{folder.audit.relative_to(folder.path)} (the audit)"]
+    if folder.trained.exists():
+        kept.append(f"{folder.trained.relative_to(folder.path)} (whom models were trained on)")
     if folder.model(study).exists():
         kept.append(f"{folder.model(study).relative_to(folder.path)} (the model)")
     typer.echo(f"kept: {', '.join(kept)}")

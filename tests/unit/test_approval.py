@@ -230,6 +230,13 @@ class TestRefuse:
             load_cohort(one.folder, "tiny", one.consortium.plan)
 
 
+def test_leaving_says_that_the_names_of_whom_it_trained_on_stay(one: Member, data: Path) -> None:
+    approve(one, "--data", data)
+    shown = run("leave", "tiny", "--yes", "--site", one.folder.path).stdout
+    assert "trainer/trained (whom models were trained on)" in shown
+    assert list(one.folder.trained.iterdir())
+
+
 class TestCohort:
     def test_it_is_the_one_that_a_simulation_trains_on(self, one: Member, tmp_path: Path) -> None:
         """Cases are judged beside those of other hospitals in the folder, errors included."""

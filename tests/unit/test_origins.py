@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import os
 import stat
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from fedseg.modelfile import ModelHeader, save_model
 from sites.audit import record
 from sites.cohort import load_cohort
 from sites.heldback import SEEN, House, Source, held_back
-from sites.origins import Origins, keep_note, note_of, trained_on
+from sites.origins import Origins, keep_note, known_note, note_of, trained_on
 
 OTHER = "0" * 64
 
@@ -125,6 +127,26 @@ def test_who_would_not_be_measured_anyway_is_not_said_to_be_left_out(tmp_path: P
     assert (found.split, found.cohort.patients, found.left_out) == ("val", (asked,), {SEEN: 1})
     with pytest.raises(DataError, match=f"2 {SEEN}"):
         held_back({"tuned": tuned, "worse": worse}, source, house, unseen)
+
+
+def test_a_training_that_was_never_noted_brings_a_warning(site: Hospital, tmp_path: Path) -> None:
+    local = header(site, tmp_path, 1, "local")
+    record(
+        site.folder, site.signing, "trained_locally", lambda: text(NOW), model=local.model_digest
+    )
+    assert origins(site, local) == Origins(unknown=("0",))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as others")
+def test_root_believes_no_note_that_the_trainer_could_not_read(site: Hospital) -> None:
+    (note,) = site.folder.trained.iterdir()
+    with tempfile.TemporaryDirectory(prefix="fedseg-test-") as name:
+        ours = Path(name) / "ours.json"
+        note.rename(ours)
+        note.symlink_to(ours)
+        os.chown(site.folder.trainer, 65533, 65533)
+        assert known_note(site.folder, note.stem) is None
+    assert os.geteuid() == 0
 
 
 def test_whoever_guesses_names_cannot_try_them_on_the_audit(tmp_path: Path) -> None:
