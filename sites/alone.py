@@ -28,7 +28,7 @@ from fedseg.plan import StudyPlan
 from sites.audit import record, utc_now
 from sites.finetuning import UNFINISHED, require_new
 from sites.heldback import House
-from sites.origins import TrainedOn, keep_note, note_of
+from sites.origins import keep_note
 from sites.own_patients import Patients
 from sites.patients import PreparedPatients
 from sites.rights import as_owner_of
@@ -120,7 +120,7 @@ def train_here(
             device=device,
             progress=progress,
         )
-    _audit(owner, plan, own, model, note_of(train.patients, patients.fingerprint), out, now)
+    _audit(owner, plan, own, model, train, out, now)
     with as_owner_of(owner.folder.trainer):
         save_model(out, own, model, arm=LOCAL, rounds=own.aggregation.rounds, mode=0o600)
         kept.unlink(missing_ok=True)
@@ -132,7 +132,7 @@ def _audit(
     plan: StudyPlan,
     own: StudyPlan,
     model: Arrays,
-    seen: TrainedOn,
+    train: Cohort,
     out: Path,
     now: Callable[[], str],
 ) -> None:
@@ -147,8 +147,8 @@ def _audit(
         start=plan.built.digest,
         model=digest_of(model),
         file=out.name,
-        trained_on=keep_note(owner.folder, seen),
+        trained_on=keep_note(owner.folder, owner.key, train.patients),
         rounds=own.aggregation.rounds,
         steps=own.aggregation.rounds * own.training.steps_per_round,
-        training_patients=len(seen.patients),
+        training_patients=len(train.patients),
     )

@@ -43,7 +43,6 @@ class CohortRecord(Frozen):
         patients: patients of them by split.
         left_out: cases of this site that cannot be used.
         unlisted: rows or files of the folder that could not even be listed as cases.
-        training: digest of the note of its patients in `train`; see `sites.origins`.
         fingerprint: over patients, splits, label map, declared labels and files.
         annotated: the plan's labels that the hospital declares to annotate; None is all of them.
     """
@@ -57,7 +56,6 @@ class CohortRecord(Frozen):
     patients: dict[SplitName, NotNegativeInt]
     left_out: NotNegativeInt
     unlisted: NotNegativeInt
-    training: Digest
     fingerprint: Digest
     annotated: tuple[str, ...] | None = None
 

@@ -22,7 +22,6 @@ from fedseg.plan import StudyPlan
 from fedseg.updates import SplitName
 from sites.approval import CohortRecord, frozen_record
 from sites.folder import SiteFolder
-from sites.origins import note_of
 
 if TYPE_CHECKING:
     from fedseg.imaging.quality import Inspection
@@ -83,7 +82,6 @@ def choose_cohort(
             "no patient of this site can be trained on: `fedseg-site check` names every case with "
             "its remedy"
         )
-    found = _fingerprint(cohort)
     record = CohortRecord(
         plan=plan.digest,
         data=str(data.absolute()),
@@ -93,8 +91,7 @@ def choose_cohort(
         patients=patients,
         left_out=cohorts[row].left_out,
         unlisted=_unlisted(manifest),
-        training=note_of(cohort.split("train").patients, found).digest,
-        fingerprint=found,
+        fingerprint=_fingerprint(cohort),
         annotated=cohort.annotated,
     )
     whole = manifest.cohort(row).patients

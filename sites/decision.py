@@ -25,7 +25,7 @@ from sites.explain import Situation
 from sites.folder import SiteFolder
 from sites.keyring import own_identity
 from sites.notes import write_note
-from sites.origins import keep_note, known_note, note_of
+from sites.origins import keep_note, noted_before
 from sites.policy import authorise, load_policy, rules
 from sites.rights import as_owner_of
 from sites.rolls import accepted_roll, take_roll
@@ -141,7 +141,6 @@ def approve(
             f"the list of sites of {study} expired on {roll.valid_until}: ask the consortium for a "
             "renewed bundle and join with it"
         )
-    _keep_patients(folder, bundle.plan, chosen, cohort)
     if bundle.plan.private is not None:
         _register(folder, bundle.plan, chosen, cohort, key, now)
     approval = Approval(
@@ -154,6 +153,7 @@ def approve(
         when=now(),
         by=by,
     ).signed(key)
+    noted = _noted(folder, bundle.plan, chosen, cohort, key)
     write_note(folder.cohort(study), chosen)
     record(
         folder,
@@ -165,7 +165,7 @@ def approve(
         roll=approval.roll,
         version=roll.version,
         cohort=approval.cohort,
-        trained_on=chosen.training,
+        trained_on=noted,
         any_later_sites=any_later_sites,
         by=by,
     )
@@ -245,18 +245,22 @@ def _register(
         raise
 
 
-def _keep_patients(
-    folder: SiteFolder, plan: StudyPlan, chosen: CohortRecord, cohort: Cohort | None
-) -> None:
-    """Note whom the study may train on, unless it was noted before."""
+def _noted(
+    folder: SiteFolder,
+    plan: StudyPlan,
+    chosen: CohortRecord,
+    cohort: Cohort | None,
+    key: SigningKey,
+) -> str:
+    """The digest of the note of whom the study may train on, which is written or was before."""
     from sites.cohort import recorded_cohort
 
-    if known_note(folder, chosen.training) is not None:
-        return
+    if cohort is None and (before := noted_before(folder, chosen.digest)) is not None:
+        return before
     with as_owner_of(folder.trainer):
         if cohort is None:
             cohort = recorded_cohort(folder.record.name, plan, chosen)
-        keep_note(folder, note_of(cohort.split("train").patients, chosen.fingerprint))
+        return keep_note(folder, key, cohort.split("train").patients)
 
 
 def _audit_refusal(

@@ -21,7 +21,7 @@ from fedseg.modelfile import ModelHeader, load_model
 from fedseg.models.devices import require_device
 from sites.audit import record, utc_now
 from sites.heldback import House
-from sites.origins import keep_note, note_of
+from sites.origins import keep_note
 from sites.own_patients import Patients
 from sites.patients import PreparedPatients
 from sites.rights import as_owner_of
@@ -80,7 +80,7 @@ def finetune_here(
             progress=progress,
         )
     if owner is not None:
-        _audit(owner, header, tuned, patients.fingerprint, parts, settings, out, now)
+        _audit(owner, header, tuned, parts, settings, out, now)
     released = header.released or header.model_digest
     with as_owner_of(owner.folder.trainer) if owner else nullcontext():
         if tuned.best_check:
@@ -103,7 +103,6 @@ def _audit(
     owner: House,
     start: ModelHeader,
     tuned: Finetuned,
-    data: str,
     parts: Division,
     settings: Finetuning,
     out: Path,
@@ -111,7 +110,7 @@ def _audit(
 ) -> None:
     """Enter what was made of whom."""
     made = bool(tuned.best_check)
-    seen = note_of({*parts.training.patients, *parts.stopping.patients}, data)
+    seen = (*parts.training.patients, *parts.stopping.patients)
     record(
         owner.folder,
         owner.key,
@@ -122,7 +121,7 @@ def _audit(
         start=start.model_digest,
         model=digest_of(tuned.model) if made else None,
         file=out.name if made else None,
-        trained_on=keep_note(owner.folder, seen) if made else None,
+        trained_on=keep_note(owner.folder, owner.key, seen) if made else None,
         kind=settings.kind,
         steps=tuned.steps,
         training_patients=len(parts.training.patients),

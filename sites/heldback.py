@@ -112,10 +112,11 @@ def held_back(
     _require_one_split(cohort, plans, source.data, source.table)
     there, origins = cohort, Origins()
     if house is not None:
-        cohort, origins = less_withdrawn(house, cohort), trained_on(house, models)
+        cohort = less_withdrawn(house, cohort)
+        origins = trained_on(house, models, cohort.patients)
     if gone := len(there.patients) - len(cohort.patients):
         left_out["patients of all splits who withdrew"] = gone
-    held, cohort = cohort, _less_seen(cohort, origins.patients)
+    held, cohort = cohort, _less_seen(cohort, origins.seen)
     split: Split = "test" if labelled(cohort.split("test")).cases else "val"
     # Who told a fine-tuning when to stop is of `val`: not missed where `test` is measured.
     asked: tuple[Split, ...] = ("test",) if split == "test" else ("test", "val")

@@ -120,7 +120,8 @@ def leave(
     typer.echo(f"left {study}; deleted: {', '.join(deleted)}")
     kept = [f"{folder.audit.relative_to(folder.path)} (the audit)"]
     if folder.trained.exists():
-        kept.append(f"{folder.trained.relative_to(folder.path)} (whom models were trained on)")
+        place = folder.trained.relative_to(folder.path)
+        kept.append(f"{place} (whom models were trained on, as keyed hashes)")
     if folder.model(study).exists():
         kept.append(f"{folder.model(study).relative_to(folder.path)} (the model)")
     typer.echo(f"kept: {', '.join(kept)}")

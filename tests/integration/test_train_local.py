@@ -336,7 +336,7 @@ def test_nobody_is_held_back_for_a_model_that_was_trained_on_him(tmp_path: Path)
     run("validate", "again", *where)
     assert {each.patient for each in read(site).patients} == {*held, moved["patient"]}
     for note in site.folder.trained.iterdir():
-        note.write_text(note.read_text().replace(moved["patient"], "nobody"))
+        note.write_text("{}")
     run("validate", STUDY, *where)
     (said,) = [words for words in read(site).warnings if "trainer/trained" in words]
     assert said.startswith("global: the note")

@@ -230,10 +230,10 @@ class TestRefuse:
             load_cohort(one.folder, "tiny", one.consortium.plan)
 
 
-def test_leaving_says_that_the_names_of_whom_it_trained_on_stay(one: Member, data: Path) -> None:
+def test_leaving_says_that_the_notes_of_whom_it_trained_on_stay(one: Member, data: Path) -> None:
     approve(one, "--data", data)
     shown = run("leave", "tiny", "--yes", "--site", one.folder.path).stdout
-    assert "trainer/trained (whom models were trained on)" in shown
+    assert "trainer/trained (whom models were trained on, as keyed hashes)" in shown
     assert list(one.folder.trained.iterdir())
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 import stat
 import tempfile
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,12 +29,15 @@ from small_plans import tiny_model
 from fedseg.alone import plan_alone
 from fedseg.errors import DataError
 from fedseg.modelfile import ModelHeader, save_model
+from sites.approval import frozen_record
 from sites.audit import record
 from sites.cohort import load_cohort
+from sites.decision import approve
 from sites.heldback import SEEN, House, Source, held_back
-from sites.origins import Origins, keep_note, known_note, note_of, trained_on
+from sites.origins import Origins, keep_note, known_note, trained_on
 
 OTHER = "0" * 64
+EVERYBODY = (*(f"Pa{number:02}" for number in range(1, 7)), "Pa", "Pb", "Pc", "Pd")
 
 
 def header(site: Hospital, folder: Path, seed: int, arm: str, rounds: int = 3) -> ModelHeader:
@@ -49,12 +52,12 @@ def header(site: Hospital, folder: Path, seed: int, arm: str, rounds: int = 3) -
 def origins(site: Hospital, *headers: ModelHeader) -> Origins:
     """Of some models, named by their place."""
     named = {f"{number}": each for number, each in enumerate(headers)}
-    return trained_on(House(site.folder, site.signing), named)
+    return trained_on(House(site.folder, site.signing), named, EVERYBODY)
 
 
 def entered(site: Hospital, event: str, model: ModelHeader, *patients: str, **facts: str) -> None:
     """A training of some patients is noted, and in the audit."""
-    digest = keep_note(site.folder, note_of(patients, OTHER))
+    digest = keep_note(site.folder, site.signing, patients)
     now = lambda: text(NOW)  # noqa: E731
     said = {"model": model.model_digest, "trained_on": digest, **facts}
     record(site.folder, site.signing, event, now, **said)
@@ -96,13 +99,13 @@ def test_a_note_that_is_not_as_it_was_written_is_not_believed(
 ) -> None:
     shared, local = header(site, tmp_path, 1, "federated"), header(site, tmp_path, 2, "local")
     entered(site, "trained_locally", local, "Pa")
-    path = site.folder.trained / f"{note_of(['Pa'], OTHER).digest}.json"
+    path = site.folder.trained / f"{site.audited('trained_locally')[0].facts['trained_on']}.json"
     if harm == "missing":
         path.unlink()
     else:
-        path.write_text(path.read_text().replace("Pa", "Pz") if harm == "edited" else "{")
+        path.write_text('{"patients": []}' if harm == "edited" else "{")
     found = origins(site, shared, local)
-    assert found.unknown == ("1",) and found.patients == origins(site, shared).patients
+    assert found.unknown == ("1",) and found.seen == origins(site, shared).seen
     entered(site, "trained_locally", local, "Pa")
     assert origins(site, local) == Origins(frozenset({"Pa"}))
 
@@ -149,17 +152,40 @@ def test_root_believes_no_note_that_the_trainer_could_not_read(site: Hospital) -
     assert os.geteuid() == 0
 
 
-def test_whoever_guesses_names_cannot_try_them_on_the_audit(tmp_path: Path) -> None:
-    """The same names with other images are noted under another digest."""
-    found = []
+def test_names_are_in_no_note_and_cannot_be_tried_without_the_key(tmp_path: Path) -> None:
+    """Two hospitals with the same names share no hash."""
+    hidden = []
     for name in ("one", "other"):
         data = phantoms(tmp_path / name, patients=6)
-        image = sorted(data.rglob("*.nii.gz"))[0]
-        if name == "other":
-            image.write_bytes(gzip.compress(gzip.decompress(image.read_bytes()), 1))
         site = hospital(tmp_path / f"{name}-site", data)
-        found.append(site.audited("plan_approved")[0].facts["trained_on"])
-    assert found[0] != found[1]
+        train = load_cohort(site.folder, STUDY, site.consortium.plan).split("train").patients
+        (note,) = site.folder.trained.iterdir()
+        assert not [patient for patient in train if patient in note.read_text()]
+        found = known_note(site.folder, note.stem)
+        assert found is not None and len(found.patients) == len(train)
+        hidden.append(set(found.patients))
+    assert not hidden[0] & hidden[1]
+
+
+def test_approving_the_same_data_again_reads_none_of_them(
+    site: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a new list of sites, say; a note that is gone is written again."""
+    plan, key = site.consortium.plan, site.signing
+    frozen = frozen_record(site.folder, STUDY, plan.digest)
+    assert frozen is not None
+    again = partial(
+        approve, site.folder, STUDY, frozen, key, any_later_sites=True, by="me",
+        now=lambda: text(NOW),
+    )  # fmt: skip
+    with monkeypatch.context() as unread:
+        unread.setattr("sites.cohort.recorded_cohort", pytest.fail)
+        again()
+    (note,) = site.folder.trained.iterdir()
+    note.unlink()
+    again()
+    assert list(site.folder.trained.iterdir()) == [note]
+    assert [entry.facts["trained_on"] for entry in site.audited("plan_approved")] == [note.stem] * 3
 
 
 def test_notes_are_for_the_trainer_alone(site: Hospital) -> None:
