@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from numpy.typing import NDArray
-from pydantic import model_validator
+from pydantic import ValidationError, model_validator
 
 from fedseg.arrays import Arrays, digest_of
 from fedseg.container import packed, unpack
@@ -105,6 +105,12 @@ def load_model(path: Path) -> tuple[ModelHeader, dict[str, NDArray[Any]]]:
     except OSError as error:
         raise DataError(f"cannot read the model {path.name}: {error.strerror}") from None
     header, model = unpack(data, ModelHeader, max_bytes=MAX_MODEL_BYTES, schema=None)
-    if digest_of(model) != header.model_digest:
+    try:
+        digest = digest_of(model)
+    except ValidationError:
+        raise TrustError(
+            f"{path.name}: its tensors are no model's: a name or a shape is absurd"
+        ) from None
+    if digest != header.model_digest:
         raise TrustError(f"{path.name}: the tensors are not the ones that its header names")
     return header, model

@@ -26,6 +26,8 @@ from fedseg.strictyaml import read_mapping
 from fedseg.task import Task
 from fedseg.training import Training
 
+MOST_TOLD = 20
+
 
 class StudyPlan(Frozen):
     """Everything that the sites of a study agree on before it begins."""
@@ -238,9 +240,9 @@ def load_plan(path: str | Path) -> StudyPlan:
 
 
 def _explain(error: ValidationError) -> str:
-    """One line a field, in the words of the plan."""
+    """One line a field, in the words of the plan; of very many the first."""
     lines = []
-    for item in error.errors(include_url=False):
+    for item in error.errors(include_url=False)[:MOST_TOLD]:
         field = ".".join(str(part) for part in item["loc"]) or "plan"
         message = re.sub(r"^Value error, ", "", item["msg"])
         if item["type"] == "extra_forbidden":
@@ -248,4 +250,6 @@ def _explain(error: ValidationError) -> str:
         elif item["type"] == "missing":
             message = "missing: `fedseg plan new` shows every field with an example"
         lines.append(f"  {field}: {message}")
+    if error.error_count() > MOST_TOLD:
+        lines.append(f"  and {error.error_count() - MOST_TOLD} more")
     return "\n".join(lines)

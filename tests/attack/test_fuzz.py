@@ -10,6 +10,8 @@ what was signed.
 from __future__ import annotations
 
 import base64
+import json
+import struct
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -76,6 +78,21 @@ def test_a_node_key_as_a_compressed_point_is_refused_in_our_words() -> None:
     line = base64.b64encode(start + len(compressed).to_bytes(4, "big") + compressed).decode()
     with pytest.raises(TrustError, match="NIST EC key"):
         check_public_line(f"{kind} {line}")
+
+
+@pytest.mark.parametrize("name", ["", "con\ud800", "a" * 300])
+def test_a_model_whose_tensors_no_schema_can_name_is_refused(
+    name: str, readers: dict[str, Reader]
+) -> None:
+    """Found by this fuzzing: it was an error of the library's."""
+    opens, (genuine,) = readers["model"].opens, readers["model"].genuine
+    (size,) = struct.unpack("<Q", genuine[:8])
+    table = json.loads(genuine[8 : 8 + size])
+    table[name] = table.pop(next(each for each in table if each != "__metadata__"))
+    text = json.dumps(table).encode()
+    text += b" " * (-len(text) % 8)
+    with pytest.raises(TrustError, match="its tensors are no model's"):
+        opens(struct.pack("<Q", len(text)) + text + genuine[8 + size :])
 
 
 @pytest.mark.parametrize("name", NAMES)

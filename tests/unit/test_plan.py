@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from small_plans import built_plan, private_plan, values
 
 from fedseg.errors import PlanError
-from fedseg.plan import StudyPlan, load_plan, parse_plan
+from fedseg.plan import MOST_TOLD, StudyPlan, load_plan, parse_plan
 from fedseg.schema import TensorSpec
 from fedseg.strictyaml import MAX_BYTES
 
@@ -158,6 +158,13 @@ def test_every_wrong_field_is_told_at_once() -> None:
     with pytest.raises(PlanError) as caught:
         parse(study="A", training__batch_size=0, evaluation__every_rounds=0)
     assert str(caught.value).count("\n  ") == 3
+
+
+def test_of_very_many_wrong_fields_the_first_are_told() -> None:
+    with pytest.raises(PlanError) as caught:
+        parse(study="A", task__spacing_mm=["far"] * 300)
+    *told, rest = str(caught.value).split("\n  ")
+    assert len(told) == 1 + MOST_TOLD and rest == f"and {301 - MOST_TOLD} more"
 
 
 @pytest.mark.parametrize(
