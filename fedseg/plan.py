@@ -196,6 +196,10 @@ class StudyPlan(Frozen):
             )
         return self.calibrated
 
+    def lets_own_models_go(self, round_: int) -> bool:
+        """Whether sites may let their own models go with the updates of this round: the last."""
+        return self.evaluation.own_models and round_ == self.aggregation.rounds
+
     @property
     def digest(self) -> str:
         """SHA-256 of the canonical bytes, 64 hexadecimal digits."""

@@ -272,6 +272,21 @@ class StudyResult(Frozen):
         return json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
+def last_training(plan: StudyPlan, stages: Sequence[StageRecord]) -> StageRecord | None:
+    """The training of the plan's last round that counts: an attempt that too few answered does not.
+
+    None where it is still to come.
+    """
+    place, needed = (plan.aggregation.rounds, "train"), plan.aggregation.minimum_sites
+    found = [r for r in stages if (r.round, r.stage) == place and len(r.answers) >= needed]
+    return found[-1] if found else None
+
+
+def stage_words(stage: str, owner: str | None) -> str:
+    """A stage, and whose own model it is about if it is one's: `evaluate`, `own of hospital_b`."""
+    return stage if owner is None else f"{stage} of {owner}"
+
+
 def load_result(path: Path) -> StudyResult:
     """Read a result.json.
 

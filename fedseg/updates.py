@@ -442,6 +442,11 @@ def task_limit(plan: StudyPlan) -> int:
     return _limit_of(task_schema(plan, "train"))
 
 
+def model_limit(plan: StudyPlan) -> int:
+    """The largest container in bytes that carries the plan's model, whatever its header says."""
+    return _limit_of(plan.built.tensors)
+
+
 def answer_limit(plan: StudyPlan, stage: StageName) -> int:
     """The largest answer to a task of a stage in bytes."""
     return _limit_of(answer_schema(plan, stage))

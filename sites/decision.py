@@ -123,26 +123,33 @@ def approve(
 
     Args:
         chosen: the record of the data.
-        cohort: what the record is of, where it was just looked at; else it is read again for a
-            plan with a guarantee.
+        cohort: what the record is of, where it was just looked at; else it is read again, once,
+            for a plan with a guarantee and where it was never noted whom the plan may train on.
 
     Raises:
         PrivacyError: a rule of the hospital's forbids it, or its ledger has no room for it.
+        DataError: the data changed since the record.
         TrustError: the list of sites has expired, or a file was edited; the ledger too.
         StorageError: it could not be stored: nothing new is approved.
     """
     bundle = pinned_bundle(folder, study)
     lists = lists_of(folder, bundle)
     roll = lists.current.roll
-    patients = _training_patients(folder, bundle.plan, chosen, cohort, key, now)
-    require_permitted(folder, bundle.plan, key, patients)
     if roll.expires < datetime.fromisoformat(now()):
         raise TrustError(
             f"the list of sites of {study} expired on {roll.valid_until}: ask the consortium for a "
             "renewed bundle and join with it"
         )
+    noted = None if cohort is not None else noted_before(folder, key, chosen.digest)
+    if cohort is None and (noted is None or bundle.plan.private is not None):
+        cohort = _read_again(folder, bundle.plan, chosen, key, now)
+    patients = _training_patients(folder, bundle.plan, chosen, cohort, key, now)
+    require_permitted(folder, bundle.plan, key, patients)
     if bundle.plan.private is not None:
-        _register(folder, bundle.plan, chosen, cohort, key, now)
+        assert cohort is not None  # it was read again above
+        _register(folder, bundle.plan, cohort, key, now)
+    if cohort is not None:
+        noted = keep_note(folder, key, cohort.split("train").patients)
     approval = Approval(
         site=bundle.site,
         study=study,
@@ -153,7 +160,6 @@ def approve(
         when=now(),
         by=by,
     ).signed(key)
-    noted = _noted(folder, bundle.plan, chosen, cohort, key)
     write_note(folder.cohort(study), chosen)
     record(
         folder,
@@ -226,41 +232,37 @@ def _training_patients(
 def _register(
     folder: SiteFolder,
     plan: StudyPlan,
-    chosen: CohortRecord,
-    cohort: Cohort | None,
+    cohort: Cohort,
     key: SigningKey,
     now: Callable[[], str],
 ) -> None:
     """Register a private plan's patients; a refusal is audited."""
     from sites import ledger
-    from sites.cohort import recorded_cohort
 
     try:
         with as_owner_of(folder.trainer):
-            if cohort is None:
-                cohort = recorded_cohort(folder.record.name, plan, chosen)
             ledger.register(folder, plan, cohort, key, now)
     except (PrivacyError, PlanError, DataError, TrustError) as error:
         _audit_refusal(folder, plan, key, "ledger", error, now)
         raise
 
 
-def _noted(
+def _read_again(
     folder: SiteFolder,
     plan: StudyPlan,
     chosen: CohortRecord,
-    cohort: Cohort | None,
     key: SigningKey,
-) -> str:
-    """The digest of the note of whom the study may train on, which is written or was before."""
+    now: Callable[[], str],
+) -> Cohort:
+    """The cohort of a record that was frozen before; a refusal is audited."""
     from sites.cohort import recorded_cohort
 
-    if cohort is None and (before := noted_before(folder, chosen.digest)) is not None:
-        return before
-    with as_owner_of(folder.trainer):
-        if cohort is None:
-            cohort = recorded_cohort(folder.record.name, plan, chosen)
-        return keep_note(folder, key, cohort.split("train").patients)
+    try:
+        with as_owner_of(folder.trainer):
+            return recorded_cohort(folder.record.name, plan, chosen)
+    except DataError as error:
+        _audit_refusal(folder, plan, key, "data", error, now)
+        raise
 
 
 def _audit_refusal(

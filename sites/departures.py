@@ -28,6 +28,12 @@ EVENT = "egress"
 MOST_FIELDS_BYTES = MAX_LINE_BYTES - 8 * 1024
 
 
+def asked_by(said: TaskHeader) -> dict[str, Fact]:
+    """The stage that a task asks for, as the audit has it."""
+    facts: dict[str, Fact] = {"round": said.round, "stage": said.stage, "attempt": said.attempt}
+    return facts if said.owner is None else facts | {"owner": said.owner}
+
+
 def facts_of(out: Outgoing, said: TaskHeader | None, plan: StudyPlan) -> dict[str, Fact]:
     """What an entry says of a message, but for how it was sealed and when it leaves.
 
@@ -42,8 +48,7 @@ def facts_of(out: Outgoing, said: TaskHeader | None, plan: StudyPlan) -> dict[st
         raise PrivacyError("an answer has more fields than the audit can record")
     facts: dict[str, Fact] = {"study": plan.study, "type": out.header.body.kind}
     if said is not None:
-        facts |= {"round": said.round, "stage": said.stage, "attempt": said.attempt}
-        facts |= {} if said.owner is None else {"owner": said.owner}
+        facts |= asked_by(said)
     count, size = out.tensors
     facts |= {"fields": fields, "tensors": count, "tensor_bytes": size, "content": out.content}
     return facts | _cost(out, said, plan)

@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 from pydantic import JsonValue
 
@@ -168,6 +168,14 @@ class Outgoing:
     fields: tuple[str, ...]
     tensors: tuple[int, int]
     content: str
+
+
+class HouseRule(TypedDict):
+    """What a hospital's own policy and declaration add to a plan; see `outgoing`."""
+
+    suppress_below: int | None
+    annotated: Sequence[str] | None
+    consents: bool
 
 
 def outgoing(

@@ -16,7 +16,7 @@ from fedseg.plan import StudyPlan
 from fedseg.privacy.words import in_one_line
 from sites.outgoing import leaves
 from sites.pledge import guaranteed
-from sites.policy import Rule
+from sites.policy import Rule, own_model_line
 from sites.wording import duration, listed, times
 
 if TYPE_CHECKING:
@@ -178,15 +178,15 @@ def _passed_on(plan: StudyPlan) -> str:
     """Whether the other hospitals get something that is of this hospital alone."""
     if not plan.evaluation.own_models:
         return "not your updates."
-    line = "own_model_unprotected" if plan.private is None else "own_model_guaranteed"
     meaning = (
         "They may then attempt what the coordinator may."
         if plan.private is None
         else "The guarantee covers it as it does your updates."
     )
     return (
-        f"not your updates; but with {line}: true in this hospital's policy.yaml they get your own "
-        f"model of the last round, and can work out your last update from it. {meaning}"
+        f"not your updates; but with {own_model_line(plan)}: true in this hospital's policy.yaml "
+        "they get your own model of the last round, and can work out your last update from it. "
+        f"{meaning}"
     )
 
 

@@ -40,8 +40,8 @@ from sites.admission import Admission, Admitted
 from sites.answers import Answers, slot_of
 from sites.chronicle import Chronicle
 from sites.client import Clock
-from sites.departures import EVENT
-from sites.egress import Outgoing, outgoing, require_permitted
+from sites.departures import EVENT, asked_by
+from sites.egress import HouseRule, Outgoing, outgoing, require_permitted
 from sites.enrolment import pinned_bundle
 from sites.folder import SiteFolder
 from sites.outbox import Answer, Outbox, Ready, attempt_of, name_of
@@ -229,8 +229,7 @@ class Gate:
         self._admission.check_roll(header, said, approval)
         self._admission.check_consent(said)
         slot, name = slot_of(said), name_of(said, header, approval)
-        facts: dict[str, Any] = {"round": said.round, "stage": said.stage, "attempt": said.attempt}
-        facts |= {} if said.owner is None else {"owner": said.owner}
+        facts: dict[str, Any] = asked_by(said)
         due = self._due_at(name, said, came)
         plain = self._answers.plain(slot, name)
         if plain is not None:
@@ -273,23 +272,18 @@ class Gate:
 
     def _outgoing(self, plain: bytes, admitted: Admitted) -> Outgoing:
         """Look at an answer by the hospital's own rule, which may be stricter than it was."""
-        policy = load_policy(self._folder.policy)
-        return outgoing(
-            plain,
-            self._plan,
-            policy.suppress_below,
-            admitted.annotated,
-            consents=lets_own_model_go(policy, self._plan),
-        )
+        return outgoing(plain, self._plan, **self._house_rule(admitted))
 
     def _require_permitted_still(self, task: EnvelopeHeader, out: AnswerHeader) -> None:
         """Look at an answer that was held by the hospital's rule as it stands now."""
-        policy, admitted = load_policy(self._folder.policy), self._admission.admitted(task)
-        require_permitted(
-            out,
-            self._plan,
-            policy.suppress_below,
-            admitted.annotated,
+        require_permitted(out, self._plan, **self._house_rule(self._admission.admitted(task)))
+
+    def _house_rule(self, admitted: Admitted) -> HouseRule:
+        """What the hospital adds to the plan as of now."""
+        policy = load_policy(self._folder.policy)
+        return HouseRule(
+            suppress_below=policy.suppress_below,
+            annotated=admitted.annotated,
             consents=lets_own_model_go(policy, self._plan),
         )
 

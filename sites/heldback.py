@@ -9,7 +9,7 @@ one of them was trained on patients whom another had held back.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,7 +116,8 @@ def held_back(
         origins = trained_on(house, models, cohort.patients)
     if gone := len(there.patients) - len(cohort.patients):
         left_out["patients of all splits who withdrew"] = gone
-    held, cohort = cohort, _less_seen(cohort, origins.seen)
+    held = cohort
+    cohort = held.without(case.name for case in held.cases if case.patient in origins.seen)
     split: Split = "test" if labelled(cohort.split("test")).cases else "val"
     # Who told a fine-tuning when to stop is of `val`: not missed where `test` is measured.
     asked: tuple[Split, ...] = ("test",) if split == "test" else ("test", "val")
@@ -146,12 +147,6 @@ def held_back(
             for name in origins.unknown
         ),
     )
-
-
-def _less_seen(cohort: Cohort, trained: frozenset[str]) -> Cohort:
-    """The cohort less patients whom a model was trained on."""
-    cases = tuple(case for case in cohort.cases if case.patient not in trained)
-    return replace(cohort, cases=cases)
 
 
 def _approved(house: House, plan: StudyPlan) -> tuple[Cohort, CohortRecord]:

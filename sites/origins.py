@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from fedseg.chain import Entry, Fact, read_chain, verify_chain
+from fedseg.chain import Entry, Fact, verify_chain
 from fedseg.errors import DataError
 from fedseg.frozen import Digest, Frozen
 from fedseg.modelfile import ModelHeader
@@ -68,9 +68,13 @@ def keep_note(folder: SiteFolder, key: SigningKey, patients: Iterable[str]) -> s
     return note.digest
 
 
-def noted_before(folder: SiteFolder, cohort: str) -> str | None:
-    """The note of an earlier approval of the same cohort record (its digest), where it is whole."""
-    for entry in reversed(read_chain(folder.audit)):
+def noted_before(folder: SiteFolder, key: SigningKey, cohort: str) -> str | None:
+    """The note of an earlier approval of the same cohort record (its digest), where it is whole.
+
+    Raises:
+        TrustError: the audit was changed.
+    """
+    for entry in reversed(verify_chain(folder.audit, key.public)):
         if entry.event == "plan_approved" and entry.facts.get("cohort") == cohort:
             note = known_note(folder, entry.facts.get(FACT))
             return None if note is None else note.digest

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fedseg.aggregation.rounds import schedule
 from fedseg.plan import StudyPlan
 from fedseg.privacy.words import withheld
+from sites.policy import own_model_line
 from sites.wording import duration, listed, size, times_said
 
 if TYPE_CHECKING:
@@ -159,9 +160,9 @@ def _own_models(plan: StudyPlan) -> tuple[str, ...]:
     """What the consent to pass the own model on lets leave, and what is measured for others."""
     if not plan.evaluation.own_models:
         return ()
-    line = "own_model_unprotected" if plan.private is None else "own_model_guaranteed"
     return (
-        f"With the last update, only if this hospital's policy.yaml says {line}: true by then: its "
+        "With the last update, only if this hospital's policy.yaml says "
+        f"{own_model_line(plan)}: true by then: its "
         "signed consent that its own model, which is the last common model with that update in it, "
         "goes through the coordinator to every other hospital of the study, to be measured there. "
         "Without it your model is left out and the study goes on. What has left cannot be called "

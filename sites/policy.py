@@ -246,6 +246,11 @@ def authorise(policy: Policy, plan: StudyPlan, training_patients: int | None = N
         )
 
 
+def own_model_line(plan: StudyPlan) -> Literal["own_model_unprotected", "own_model_guaranteed"]:
+    """Which line of policy.yaml speaks of the own model of a study of this kind."""
+    return "own_model_unprotected" if plan.private is None else "own_model_guaranteed"
+
+
 def lets_own_model_go(policy: Policy, plan: StudyPlan) -> bool:
     """Whether this hospital's own model may be measured at the others; a plan that asks is needed.
 
@@ -254,7 +259,8 @@ def lets_own_model_go(policy: Policy, plan: StudyPlan) -> bool:
     """
     if not plan.evaluation.own_models:
         return False
-    return policy.own_model_unprotected if plan.private is None else policy.own_model_guaranteed
+    allowed: bool = getattr(policy, own_model_line(plan))
+    return allowed
 
 
 def limits_of(policy: Policy) -> Limits:
@@ -301,7 +307,7 @@ def _privacy(policy: Policy, plan: StudyPlan) -> Rule:
 
 def _own_model(policy: Policy, plan: StudyPlan) -> Rule:
     """Whether the own model goes to the other hospitals: never a reason to refuse a plan."""
-    name = "own_model_unprotected" if plan.private is None else "own_model_guaranteed"
+    name = own_model_line(plan)
     if lets_own_model_go(policy, plan):
         return Rule(name, "our own model is measured at the other hospitals: they get it")
     return Rule(name, "our own model is not passed on to the other hospitals")

@@ -267,8 +267,7 @@ class Trainer:
 
     def _consent(self, header: TaskHeader, model: Arrays, delta: Arrays) -> Consent | None:
         """Whether this hospital's own model may be measured elsewhere, where the plan asks that."""
-        plan = self._plan
-        if not plan.evaluation.own_models or header.round != plan.aggregation.rounds:
+        if not self._plan.lets_own_models_go(header.round):
             return None
         consent = self._vouch(digest_of(own_model(model, delta)))
         if consent is not None:

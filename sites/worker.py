@@ -87,8 +87,7 @@ class Worker:
 
         try:
             if self._ledger is None:
-                now = lambda: stamp(self._now())  # noqa: E731
-                self._ledger = open_ledger(self._folder, self._signing, now)
+                self._ledger = open_ledger(self._folder, self._signing, lambda: stamp(self._now()))
             self._ledger.refresh()
             if self._plan.private is not None:
                 over = stage == RELEASE
@@ -142,7 +141,7 @@ def make_trainer(
     study: str,
     plan: StudyPlan,
     ledger: Ledger | None,
-    vouch: Vouch | None = None,
+    vouch: Vouch = lambda _model: None,
     device: str = "cpu",
 ) -> Trainer:
     """The trainer of an approved plan, on the cohort that was approved with it.
@@ -151,7 +150,7 @@ def make_trainer(
     work is paid for from the ledger.
 
     Args:
-        vouch: signs that the hospital's own model may go, or does not; None never does.
+        vouch: signs that the hospital's own model may go, or does not; by default it never does.
 
     Raises:
         DataError: the data changed since.
@@ -174,8 +173,12 @@ def make_trainer(
             raise PrivacyError("a plan with a guarantee needs the hospital's ledger: approve it")
         from sites.spending import Account
 
-        limits = lambda: limits_of(load_policy(folder.policy))  # noqa: E731
-        account = Account(ledger, plan, folder.work(study) / "paid", limits)
+        account = Account(
+            ledger,
+            plan,
+            folder.work(study) / "paid",
+            lambda: limits_of(load_policy(folder.policy)),
+        )
     return Trainer(
         plan,
         cohort,
@@ -186,5 +189,5 @@ def make_trainer(
         device=device,
         account=account,
         suppress_below=load_policy(folder.policy).suppress_below,
-        vouch=vouch or (lambda _model: None),
+        vouch=vouch,
     )

@@ -13,6 +13,7 @@ from coordinator.progress.document import Progress
 from coordinator.progress.tally import Sighting, SiteProgress
 from coordinator.running.control import Snapshot
 from fedseg.aggregation.suspicions import NOISY, sentence
+from fedseg.result import stage_words
 
 _STYLES = {"running": "green", "finished": "bold green", "not running": "red", "failed": "red"}
 _NOTHING = "–"
@@ -69,8 +70,7 @@ def _rounds(progress: Progress) -> str:
     again = f", attempt {stage.attempt}" if stage.attempt > 1 else ""
     waiting = f"; waits for {', '.join(stage.waiting_for)}" if stage.waiting_for else ""
     where = f"round {stage.round}, " if stage.round else ""
-    of_whom = f" ({stage.owner})" if stage.owner else ""
-    return f"{said}; {where}{stage.stage}{of_whom}{again}{waiting}"
+    return f"{said}; {where}{stage_words(stage.stage, stage.owner)}{again}{waiting}"
 
 
 def _last_dice(progress: Progress) -> str:

@@ -112,8 +112,6 @@ class Study:
             own_models: likewise for hospitals' own models, which a plan that measures them needs;
                 what a crash left there is gone on with.
         """
-        if plan.evaluation.own_models and own_models is None:
-            raise ValueError("a plan that measures own models needs a folder to keep them in")
         self._grid, self._plan, self._store = grid, plan, store
         self._expected, self._needed = nodes, plan.aggregation.minimum_sites
         self._observe, self._reask, self._paused = observe, reask, paused
@@ -122,7 +120,11 @@ class Study:
         self._exchange: Exchange = exchange or Plain()
         self._roster = Roster()
         self._scratch = scratch
-        self._own = None if own_models is None else OwnModels(own_models, plan)
+        self._own: OwnModels | None = None
+        if plan.evaluation.own_models:
+            if own_models is None:
+                raise ValueError("a plan that measures own models needs a folder to keep them in")
+            self._own = OwnModels(own_models, plan)
         self._begun = False
         self._history: tuple[StageRecord, ...] = ()
         self._roll: SignedRoll | None = None
@@ -189,16 +191,15 @@ class Study:
     def _run_stage(self, state: StudyState, position: Position, nodes: list[int]) -> StudyState:
         """Open, ask, close and store one stage."""
         started = self._clock.now()
-        own = self._own
         task = partial(open_stage, state, self._plan, self._roll, self._own_model)
         here = {self._roster.site_of(node) for node in nodes}
         known = {*self._exchange.sites, *self._roster.sites}
         absent = known - here if position.stage != "enlist" else set()
         training = position.stage == "train"
         total = combiner(self._plan, self._scratch) if training else None
-        last = self._plan.evaluation.own_models and position.round == self._plan.aggregation.rounds
-        keeps = training and last
-        keeping = Keeping(own, state.server.model, self._roll) if own and keeps else None
+        keeping = None
+        if training and self._own and self._plan.lets_own_models_go(position.round):
+            keeping = Keeping(self._own, state.server.model, self._roll)
         try:
             try:
                 outcome = self._ask(

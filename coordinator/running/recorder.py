@@ -20,7 +20,7 @@ from fedseg.aggregation.rounds import StudyState
 from fedseg.chain import Chain, Fact
 from fedseg.logs import FIELDS
 from fedseg.plan import StudyPlan
-from fedseg.result import StageRecord
+from fedseg.result import StageRecord, stage_words
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +108,8 @@ class Recorder:
             case StageClosed():
                 record = event.record
                 fields = {"round": record.round, "answers": len(record.answers)}
-                of_whom = f" ({record.owner})" if record.owner else ""
-                logger.info("%s%s is closed", record.stage, of_whom, extra={FIELDS: fields})
+                stage = stage_words(record.stage, record.owner)
+                logger.info("%s is closed", stage, extra={FIELDS: fields})
                 if record.stage == "release":
                     sites = [answer.site for answer in record.answers]
                     self._note("released", record, sites=sites)

@@ -26,7 +26,7 @@ from fedseg.frozen import Frozen
 from fedseg.plan import StudyPlan
 from fedseg.security.consent import Consent
 from fedseg.security.identity import SignedRoll
-from fedseg.updates import HEADER_ROOM
+from fedseg.updates import model_limit
 
 _ENDING = ".own"
 
@@ -88,10 +88,10 @@ class OwnModels:
         Raises:
             LostModelError: it is not there, damaged, or another one.
         """
-        limit = self._plan.built.nbytes + 1024 * len(self._plan.built.tensors) + HEADER_ROOM
+        schema, limit = self._plan.built.tensors, model_limit(self._plan)
         try:
             data = self._path(site).read_bytes()
-            kept, model = unpack(data, LetGo, max_bytes=limit, schema=self._plan.built.tensors)
+            kept, model = unpack(data, LetGo, max_bytes=limit, schema=schema)
         except OSError as error:
             raise LostModelError(f"{site}'s own model cannot be read: {error.strerror}") from None
         except TrustError as error:

@@ -25,7 +25,7 @@ from fedseg.errors import PlanError, RoundError, UntaughtLabelError
 from fedseg.frozen import Frozen, SiteName
 from fedseg.plan import StudyPlan
 from fedseg.rates import summed_rate
-from fedseg.result import SiteAnswer, SiteFailure, StageRecord
+from fedseg.result import SiteAnswer, SiteFailure, StageRecord, last_training
 from fedseg.security.consent import Consent
 from fedseg.security.identity import SignedRoll
 from fedseg.updates import AnswerError, StageName, TaskHeader, Trained, seal_task
@@ -137,11 +137,10 @@ def ahead(
 
 def owned(plan: StudyPlan, history: Sequence[StageRecord]) -> dict[str, str]:
     """Site -> digest of its own model, of those that let it go in the last round that counts."""
-    rounds = plan.aggregation.rounds
-    trained = [r for r in history if (r.round, r.stage) == (rounds, "train")]
-    if not trained or not plan.evaluation.own_models:
+    last = last_training(plan, history)
+    if last is None or not plan.evaluation.own_models:
         return {}
-    return {a.site: a.own for a in trained[-1].answers if a.own is not None}
+    return {a.site: a.own for a in last.answers if a.own is not None}
 
 
 def open_stage(

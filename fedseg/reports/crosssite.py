@@ -94,7 +94,7 @@ def across(plan: StudyPlan, stages: Sequence[StageRecord], sites: Sequence[str] 
     """
     measured = [record for record in stages if record.stage == "evaluate"]
     answers = {a.site: a for a in measured[-1].answers} if measured else {}
-    everyone = sorted({*sites, *(a.site for record in stages for a in record.answers)})
+    everyone = everyone_in(stages, sites)
     noised = plan.privacy.outputs.metrics == "noised"
     scores = [told(site, answers.get(site), plan) for site in everyone]
     return compared(scores, round_=measured[-1].round if measured else None, noised=noised)
@@ -171,6 +171,11 @@ def sentences(found: CrossSite) -> tuple[str, ...]:
 def own_elsewhere(plan: StudyPlan) -> str:
     """Why there is no hospital's own model in the comparison."""
     return NOT_PASSED_ON + (_BY_KRUM if plan.aggregation.combine.rule == "krum" else "")
+
+
+def everyone_in(stages: Sequence[StageRecord], sites: Sequence[str]) -> list[str]:
+    """Those sites and all who ever answered, by name."""
+    return sorted({*sites, *(a.site for record in stages for a in record.answers)})
 
 
 def told(site: str, answer: SiteAnswer | None, plan: StudyPlan) -> SiteScore:

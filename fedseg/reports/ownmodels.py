@@ -17,12 +17,13 @@ from fedseg.reports.crosssite import (
     SiteScore,
     Spread,
     compared,
+    everyone_in,
     listed,
     number,
     own_elsewhere,
     told,
 )
-from fedseg.result import OwnModelScores, StageRecord
+from fedseg.result import OwnModelScores, StageRecord, last_training
 
 WHAT = (
     "A hospital’s own model is the last shared one with that hospital’s last update in it. Where "
@@ -58,21 +59,16 @@ def own_models(
         stages: the study's history.
         sites: who is enrolled besides those who ever answered.
     """
-    last = [
-        r
-        for r in stages
-        if (r.round, r.stage) == (plan.aggregation.rounds, "train")
-        and len(r.answers) >= plan.aggregation.minimum_sites  # else it is tried again
-    ]
-    if not plan.evaluation.own_models or not last:
+    last = last_training(plan, stages)
+    if not plan.evaluation.own_models or last is None:
         return None
-    everyone = sorted({*sites, *(a.site for record in stages for a in record.answers)})
+    everyone = everyone_in(stages, sites)
     found: dict[str, list[SiteScore]] = {}
     for record in stages:
         if record.owner is not None:
             answers = {a.site: a for a in record.answers}
             found[record.owner] = [told(site, answers.get(site), plan) for site in everyone]
-    let_go = {a.site: a.own is not None for a in last[-1].answers}
+    let_go = {a.site: a.own is not None for a in last.answers}
     return gathered(found, let_go, everyone, plan.aggregation.rounds)
 
 

@@ -22,6 +22,7 @@ from coordinator.folder import StudyFolder
 from coordinator.progress.document import Progress, load_progress
 from fedseg.errors import RoundError
 from fedseg.plan import StudyPlan, load_plan
+from fedseg.result import stage_words
 from sites.folder import SiteFolder
 
 LOOPBACK = "127.0.0.1"
@@ -240,7 +241,7 @@ class Watcher:
             after = time.monotonic() - self._started
             where = f"round {record.round} " if record.round else ""
             dice = "" if record.dice is None else f", Dice {record.dice:.3f}"
-            stage = f"{record.stage} of {record.owner}" if record.owner else record.stage
+            stage = stage_words(record.stage, record.owner)
             self._say(f"{after:6.1f} s  {where}{stage}: {answered}{dice}{failed}")
         self._seen = len(progress.stages)
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from coordinator.rounds.events import SiteAnswered, SiteFailed, StageClosed, StageOpened
 from fedseg.plan import StudyPlan
 from fedseg.privacy.words import in_one_line, outputs_of
+from fedseg.result import stage_words
 from fedseg.simulation.options import Progress as StudyProgress
 
 
@@ -96,9 +97,10 @@ class Display:
                 left="",
             )
         task = self._tasks[arm]
-        fields = {"left": left} if left else {}
         closed = round_ if not doing else max(round_ - 1, 0)
-        self._bar.update(task, completed=closed, round=round_, doing=doing, **fields)  # type: ignore[arg-type]
+        self._bar.update(task, completed=closed, round=round_, doing=doing)
+        if left:
+            self._bar.update(task, left=left)
 
     def _close(self, arm: str, event: StageClosed) -> None:
         """Count a closed stage; without a terminal, a line for it."""
@@ -111,8 +113,7 @@ class Display:
             return
         dice = [a.mean_dice for a in record.answers if a.mean_dice is not None]
         loss = [a.loss for a in record.answers if a.loss is not None]
-        stage = f"{record.stage} of {record.owner}" if record.owner else record.stage
-        parts = [f"round {record.round}/{rounds} {stage}"]
+        parts = [f"round {record.round}/{rounds} {stage_words(record.stage, record.owner)}"]
         parts += [f"loss {sum(loss) / len(loss):.3f}"] if loss else []
         parts += [f"Dice {sum(dice) / len(dice):.3f}, worst {min(dice):.3f}"] if dice else []
         parts += [f"{f.site}: {f.code}" for f in record.failures]
