@@ -8,7 +8,7 @@ from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from coordinator.rounds.events import SiteAnswered, SiteFailed, StageClosed, StageOpened
@@ -42,7 +42,7 @@ class Display:
             TextColumn("{task.fields[left]}"),
             console=console,
         )
-        self._tasks: dict[str, object] = {}
+        self._tasks: dict[str, TaskID] = {}
         self._started: dict[str, tuple[float, int]] = {}
         self._sites: dict[str, dict[str, str]] = {}
         self._live = Live(self._bar, console=console, refresh_per_second=4)
